@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="slowmo-mpi",
+    version="0.1.0",
+    description="Train PyTorch models over MPI with SlowMo, gossip and local steps",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["slowmo_mpi", "slowmo_mpi.*"]),
+    package_data={"slowmo_mpi": ["py.typed"]},
+    data_files=[("share/slowmo-mpi/topologies", [str(p.relative_to(HERE)) for p in sorted((HERE / "topologies").glob("*.toml"))])],
+    install_requires=[
+        "click>=8.1",
+        "h5py>=3.10",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "torch>=2.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "digits": ["scikit-learn>=1.3"],
+        "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.15"],
+        "test": ["matplotlib>=3.8", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "scikit-learn>=1.3"],
+    },
+    entry_points={"console_scripts": ["slowmo = slowmo_mpi.cli:main"]},
+)

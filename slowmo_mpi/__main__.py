@@ -1,0 +1,3 @@
+from slowmo_mpi.cli import main
+
+main()

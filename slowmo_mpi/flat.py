@@ -1,0 +1,172 @@
+"""One flat vector: the trainable parameters in one contiguous buffer per dtype, the model's tensors views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SlowmoError
+
+ALIGN_BYTES = 64  # every parameter starts on a cache line, so that kernels see aligned memory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a parameter lies: buffer number, offset and length in elements, optimizer group."""
+
+    name: str
+    buffer: int
+    start: int
+    numel: int
+    group: int
+
+
+class FlatParameters:
+    """The trainable parameters of `model` as `buffers`, one vector (d,) per dtype.
+
+    The model's parameters become views of the buffers (no copy is needed to send or to update them) with
+    the strides they had, so channels-last weights stay channels-last. In a buffer the parameters of one
+    optimizer group stand together: `spans[b]` lists (group, start, stop), covering the whole buffer.
+    Gaps of padding hold zeros. Frozen parameters are left where they are.
+
+    groups: the optimizer's parameter groups, lists of parameters.
+    Raises: SlowmoError for parameters that are sparse, complex, on several devices, trainable but in no
+    group, or in a group but not in the model.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]):
+        named = {p: name for name, p in model.named_parameters()}
+        group_of = {p: g for g, members in enumerate(groups) for p in members}
+        for p in group_of:
+            if p not in named:
+                raise SlowmoError(
+                    f"The optimizer has a parameter of shape {tuple(p.shape)} that is not in the model.",
+                    "Put everything that is trained into one torch.nn.Module and give that to SlowMo.",
+                )
+        trained = [p for p in named if p.requires_grad]
+        for p in trained:
+            if p not in group_of:
+                raise SlowmoError(
+                    f"Parameter {named[p]} is trainable but the optimizer does not have it.",
+                    "Give it to the optimizer, or freeze it with requires_grad_(False).",
+                )
+            if p.layout != torch.strided or not p.is_floating_point():
+                raise SlowmoError(
+                    f"Parameter {named[p]} is {p.layout} {p.dtype}; only dense floating-point parameters are trained.",
+                    "Use a dense, real parameter.",
+                )
+        if not trained:
+            raise SlowmoError(
+                "The model has no trainable parameter.", "Unfreeze one with requires_grad_(True)."
+            )
+        devices = {p.device for p in trained}
+        if len(devices) > 1:
+            raise SlowmoError(
+                f"The model's parameters lie on several devices: {', '.join(sorted(map(str, devices)))}.",
+                "A rank owns one device: move the model there with model.to(comm.device).",
+            )
+
+        self.parameters = sorted(trained, key=lambda p: (str(p.dtype), group_of[p]))  # stable: model order within
+        self.buffers: list[Tensor] = []
+        self.spans: list[list[tuple[int, int, int]]] = []
+        self.entries: list[Entry] = []
+        self._gradients: list[Tensor] = []
+        device = devices.pop()
+        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
+            members = [p for p in self.parameters if p.dtype == dtype]
+            align = ALIGN_BYTES // dtype.itemsize
+            offset, spans = 0, []
+            for p in members:
+                group = group_of[p]
+                stop = offset + -(-p.numel() // align) * align
+                self.entries.append(Entry(named[p], len(self.buffers), offset, p.numel(), group))
+                if spans and spans[-1][0] == group:
+                    spans[-1] = (group, spans[-1][1], stop)
+                else:
+                    spans.append((group, offset, stop))
+                offset = stop
+            self.buffers.append(torch.zeros(offset, dtype=dtype, device=device))
+            self.spans.append(spans)
+        with torch.no_grad():
+            for p, view in zip(self.parameters, self.views(self.buffers), strict=True):
+                view.copy_(p)
+                p.data = view
+
+    def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Views of vectors laid out like `buffers`, one per parameter, in its shape and strides."""
+        views = []
+        for p, e in zip(self.parameters, self.entries, strict=True):
+            strides = torch.empty_like(p, device="meta").stride()  # those of p where it is dense, else contiguous
+            views.append(torch.as_strided(buffers[e.buffer], p.shape, strides, e.start))
+        return views
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients as vectors laid out like `buffers`; every `p.grad` is a view of them afterwards.
+
+        A gradient that autograd put elsewhere is copied in (once, unless it is set to None again); a
+        missing one counts as zero, so that every rank's vector has the same length whatever it used.
+        """
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(b) for b in self.buffers]
+            self._gradient_views = self.views(self._gradients)
+        for p, view, entry in zip(self.parameters, self._gradient_views, self.entries, strict=True):
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.layout != torch.strided:
+                raise SlowmoError(
+                    f"The gradient of {entry.name} is sparse; gradients are averaged as one dense vector.",
+                    "Make the layer with sparse=False.",
+                )
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+            p.grad = view
+        return self._gradients
+
+    def check_views(self) -> None:
+        """Raise SlowmoError if a parameter no longer lies in its buffer (the model was moved or rebuilt)."""
+        for p, e in zip(self.parameters, self.entries, strict=True):
+            b = self.buffers[e.buffer]
+            if p.data_ptr() != b.data_ptr() + e.start * b.element_size():
+                raise SlowmoError(
+                    f"Parameter {e.name} was moved or replaced after SlowMo was made; its updates would be lost.",
+                    "Move or convert the model first (model.to(...)), then make SlowMo.",
+                )
+
+    def fingerprint(self) -> str:
+        """What must be equal on all ranks: each parameter's name, place, shape, strides and dtype."""
+        return repr(
+            [
+                (e, tuple(p.shape), p.stride(), str(p.dtype))
+                for e, p in zip(self.entries, self.parameters, strict=True)
+            ]
+        )
+
+
+class Packet:
+    """One message: a snapshot of the flat vectors and of the push-sum weight, in one run of bytes.
+
+    `vectors` and `weight` are views of `bytes` (uint8). A message in flight must not change, hence a copy.
+    """
+
+    def __init__(self, like: Sequence[Tensor], received: Tensor | None = None):
+        """Room for a message shaped like the vectors `like`; or `received`, bytes that came in, read as one."""
+        sizes = [v.numel() * v.element_size() for v in like]
+        if received is None:
+            received = torch.empty(sum(sizes) + 8, dtype=torch.uint8, device=like[0].device)
+        self.bytes = received
+        pieces = self.bytes.split([*sizes, 8])
+        self.vectors = [piece.view(v.dtype) for piece, v in zip(pieces, like, strict=False)]
+        self._weight = pieces[-1].view(torch.float64)
+
+    @property
+    def weight(self) -> float:
+        return float(self._weight)
+
+    def fill(self, vectors: Sequence[Tensor], weight: float) -> None:
+        """Copy `vectors` and `weight` in: one pass over memory."""
+        for mine, v in zip(self.vectors, vectors, strict=True):
+            mine.copy_(v)
+        self._weight.fill_(weight)

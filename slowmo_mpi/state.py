@@ -1,0 +1,52 @@
+"""All mutable state of a worker in one object: whatever moves the trajectory is here, and nowhere else.
+
+(The optimizer's buffers are in the optimizer, batch-norm buffers in the model.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .flat import FlatParameters, Packet
+from .slowmo import Slow
+
+if TYPE_CHECKING:
+    from .comm import Exchange
+
+
+@dataclass
+class Flight:
+    """A gossip exchange that was posted and not yet taken in.
+
+    packet: what this rank sent; sent: the push-sum weight that left with it (0 where no mass moves);
+    phase: the step of the graph it belongs to; age: optimizer steps since it was posted.
+    """
+
+    exchange: Exchange
+    packet: Packet
+    phase: int
+    sent: float = 0.0
+    age: int = 0
+
+
+@dataclass
+class State:
+    """One worker. `z` in the papers is `flat.buffers`: the de-biased parameters, which the model computes with."""
+
+    flat: FlatParameters
+    w: float = 1.0  # push-sum weight; the numerator is w * z
+    phase: int = 0  # exchanges posted so far: the step of the graph
+    in_flight: Flight | None = None
+    step: int = 0  # optimizer steps done, k + t * tau
+    round: int = 0  # outer steps done, t
+    begun: int = -1  # the last step whose `before_gradient` was done
+    slow: list[Slow] = field(default_factory=list)  # one per flat buffer; empty without an outer step
+    rate_sums: list[float] = field(default_factory=list)  # learning rates used in this round, summed, per group
+    last_rates: list[float] = field(default_factory=list)
+
+    @property
+    def z(self) -> list[Tensor]:
+        return self.flat.buffers

@@ -1,0 +1,294 @@
+"""A worker: a model and its optimizer, trained together with the other ranks by SlowMo over a base algorithm.
+
+Algorithm 1 of Wang et al., ICLR 2020 [1] is `SlowMo.step` (lines 3-5, one inner step) and `SlowMo._outer_step`
+(lines 6-8 and line 2 of the next round).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .bases import Base
+from .comm import Endpoint
+from .errors import SlowmoError, UsageError
+from .flat import FlatParameters
+from .slowmo import Slow, outer_step
+from .state import State
+
+CONSENSUS_SAMPLE = 65_536  # coordinates that the consensus distance is estimated from
+
+
+class SlowMo:
+    """SlowMo over a base algorithm, for any torch model and optimizer.
+
+    model, optimizer: as in a plain loop; the model's weights become those of rank 0 and views of one vector.
+    comm: `Communicator()`, or a simulated one.
+    base: `AllReduce()`, `Local()`, `DPSGD(graph)`, `SGP(graph)` or `OSGP(graph, delay)`.
+    tau: inner steps per round (0: the base alone); alpha: slow learning rate; beta: slow momentum.
+    buffers: the optimizer's state when a round starts: "reset", "maintain" or "average" over workers.
+    average: "exact", or "none" for the noaverage variant; gamma: the round's rate, "mean" or "last".
+    sharded: keep 1/m of anchor and slow momentum on each rank (reduce-scatter and all-gather instead of an
+    all-reduce: the same bytes).
+    Batch-norm buffers are averaged wherever the parameters are: at every exact average, and while
+    `averaged()` lasts; between them each worker keeps its own.
+
+    Raises: UsageError for settings that cannot work; SlowmoError where the ranks' models differ in shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        comm: Endpoint,
+        base: Base,
+        *,
+        tau: int = 48,
+        alpha: float = 1.0,
+        beta: float = 0.6,
+        buffers: str = "reset",
+        average: str = "exact",
+        gamma: str = "mean",
+        sharded: bool = False,
+    ):
+        for name, value, known in (
+            ("buffers", buffers, ("reset", "maintain", "average")),
+            ("average", average, ("exact", "none")),
+            ("gamma", gamma, ("mean", "last")),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")
+        if tau < 0 or alpha < 0 or not 0 <= beta < 1:
+            raise UsageError(
+                f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
+                "tau >= 0, alpha >= 0, 0 <= beta < 1.",
+            )
+        if sharded and average == "none":
+            raise UsageError(
+                "Without averaging every worker has its own slow state; it cannot be sharded.",
+                "Use sharded=False.",
+            )
+        if any("lr" not in g for g in optimizer.param_groups):
+            raise UsageError(
+                f"{type(optimizer).__name__} has a parameter group without a learning rate.",
+                "SlowMo needs gamma: use an optimizer whose groups have \"lr\".",
+            )
+        self.model, self.optimizer, self.comm = model, optimizer, comm
+        self.tau, self.alpha, self.beta = tau, alpha, beta
+        self.buffers, self.average, self.gamma = buffers, average, gamma
+        self.sharded = sharded and comm.size > 1
+        self.base = base.bind(comm.size)
+
+        flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
+        self._check_same_model(flat)
+        self._broadcast_model(flat)
+        self.state = State(flat)
+        self._fresh_optimizer_state = copy.deepcopy(dict(optimizer.state))
+        self.state.rate_sums = [0.0] * len(optimizer.param_groups)
+        self.state.last_rates = [0.0] * len(optimizer.param_groups)
+        if tau:
+            self.state.slow = [Slow.start(z[self._mine(z)]) for z in self.state.z]
+
+    # ---- inner steps ----
+    @torch.no_grad()
+    def step(self) -> None:
+        """After `loss.backward()`: the optimizer's step, the base's exchange, and every `tau` steps the outer step."""
+        s = self.state
+        self.comm.step = s.step
+        s.flat.check_views()
+        self._begin()
+        s.last_rates = [float(g["lr"]) for g in self.optimizer.param_groups]
+        s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
+        self.base.step(s, self.comm, self._update, self._remaining())
+        s.step += 1
+        if self.tau and s.step % self.tau == 0:
+            self._outer_step()
+        self._begin()
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Take in everything in flight; call it after the last step, and before you use this worker's own weights."""
+        self.base.drain(self.state, self.comm)
+
+    def _begin(self) -> None:
+        """Post what travels while the next gradient is computed, once per step."""
+        s = self.state
+        if s.begun < s.step:
+            self.base.before_gradient(s, self.comm, self._remaining())
+            s.begun = s.step
+
+    def _remaining(self) -> float:
+        exact = self.tau and self.average == "exact"
+        return self.tau - self.state.step % self.tau if exact else math.inf
+
+    def _update(self, scale: float) -> None:
+        """The optimizer's step with every learning rate times `scale` (1/w under push-sum)."""
+        groups = self.optimizer.param_groups
+        rates = [g["lr"] for g in groups]
+        for g in groups:
+            g["lr"] = g["lr"] * scale
+        with torch.enable_grad():
+            self.optimizer.step()
+        for g, rate in zip(groups, rates, strict=True):
+            g["lr"] = rate
+
+    # ---- the outer step ----
+    def _outer_step(self) -> None:
+        s = self.state
+        self.base.drain(s, self.comm)
+        if self.average == "exact":
+            self._check_weights()
+            self._average_buffers()
+        for z, slow, spans in zip(s.z, s.slow, s.flat.spans, strict=True):
+            xbar = z if z.dtype == slow.x0.dtype else z.to(slow.x0.dtype)
+            mine = self._mine(z)
+            if self.average == "exact":  # line 6
+                xbar.mul_(s.w / self.comm.size)
+                if self.sharded:
+                    self.comm.reduce_scatter_(xbar, "exact average")
+                else:
+                    self.comm.all_reduce_(xbar, "exact average")
+            for group, start, stop in spans:  # lines 7 and 8, with each group's own gamma
+                here = slice(max(start, mine.start), min(stop, mine.stop))
+                if here.start < here.stop:
+                    part = slice(here.start - mine.start, here.stop - mine.start)
+                    rate = self._round_rate(group)
+                    outer_step(slow.x0[part], slow.u[part], xbar[here], rate, self.alpha, self.beta)
+            z[mine] = slow.x0.to(z.dtype)
+            if self.sharded:
+                self.comm.all_gather_(z, "restart from the new anchor")
+        if self.average == "exact":
+            s.w = 1.0
+        s.round += 1
+        s.rate_sums = [0.0] * len(s.rate_sums)
+        self._renew_optimizer_state()
+
+    def _mine(self, vector: Tensor) -> slice:
+        """The part of a flat vector whose slow state this rank keeps."""
+        return self.comm.shard(vector.numel()) if self.sharded else slice(0, vector.numel())
+
+    def _round_rate(self, group: int) -> float:
+        s = self.state
+        return s.rate_sums[group] / self.tau if self.gamma == "mean" else s.last_rates[group]
+
+    def _check_weights(self) -> None:
+        """Push-sum's invariant: with nothing in flight the weights sum to m. Also that all are at the same step."""
+        s = self.state
+        everybody = self.comm.gather((s.w, s.step))
+        total = math.fsum(w for w, _ in everybody)
+        if abs(total - self.comm.size) > 1e-6 * self.comm.size or not all(w > 0 for w, _ in everybody):
+            raise SlowmoError(
+                f"The push-sum weights sum to {total:.9g} at step {s.step}; with {self.comm.size} ranks they must sum to {self.comm.size}.",
+                "A message was lost or counted twice; this is a bug, please report it with the configuration.",
+            )
+        steps = [step for _, step in everybody]
+        if len(set(steps)) > 1:
+            raise SlowmoError(
+                f"The ranks are at different steps: {steps}.", "Call worker.step() equally often on every rank."
+            )
+
+    def _renew_optimizer_state(self) -> None:
+        """Line 2 of the next round: the base optimizer's buffers."""
+        if self.buffers == "reset":
+            self.optimizer.state.clear()
+            self.optimizer.state.update(copy.deepcopy(self._fresh_optimizer_state))
+        elif self.buffers == "average":
+            state = self.optimizer.state
+            named = [
+                (f"{i}.{key}", value)
+                for i, p in enumerate(self.state.flat.parameters)
+                for key, value in sorted(state.get(p, {}).items())
+                if isinstance(value, Tensor) and value.is_floating_point()
+            ]
+            self._average_tensors(named, "optimizer buffers")
+
+    # ---- batch-norm buffers, evaluation, measures ----
+    def _average_buffers(self) -> None:
+        named = [(n, b) for n, b in self.model.named_buffers() if b.is_floating_point() and b.numel()]
+        self._average_tensors(named, "batch-norm buffers")
+
+    def _average_tensors(self, named: list[tuple[str, Tensor]], what: str) -> None:
+        """The mean over workers of each tensor, in place, as one message per dtype."""
+        shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
+        everybody = self.comm.gather(hash_of(shapes))
+        if len(set(everybody)) > 1:
+            raise SlowmoError(
+                f"The workers' {what} differ in names or shapes at step {self.state.step}; they cannot be averaged.",
+                "Some ranks did not use all parameters: choose buffers = \"maintain\" or \"reset\".",
+            )
+        for dtype in dict.fromkeys(t.dtype for _, t in named):
+            tensors = [t for _, t in named if t.dtype == dtype]
+            wide = torch.promote_types(dtype, torch.float32)
+            vector = torch.cat([t.detach().reshape(-1).to(self.comm.device, wide) for t in tensors])
+            self.comm.all_reduce_(vector, what).div_(self.comm.size)
+            for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(mean.view(t.shape))
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model as the average of all workers, sum(w z) / m, messages in flight included, while in the block.
+
+        Every rank must enter it. Afterwards parameters and buffers are bit for bit what they were.
+        """
+        with torch.no_grad():
+            s = self.state
+            parameters = [z.clone() for z in s.z]
+            buffers = [b.clone() for b in self.model.buffers()]
+            for i, z in enumerate(s.z):
+                xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
+                if s.in_flight is not None and s.in_flight.sent:
+                    xbar.add_(s.in_flight.packet.vectors[i], alpha=s.in_flight.sent)
+                z.copy_(self.comm.all_reduce_(xbar.div_(self.comm.size), "average for evaluation"))
+            self._average_buffers()
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for z, kept in zip(s.z, parameters, strict=True):
+                    z.copy_(kept)
+                for b, kept in zip(self.model.buffers(), buffers, strict=True):
+                    b.copy_(kept)
+
+    @torch.no_grad()
+    def consensus_distance(self) -> float:
+        """sqrt(1/m sum_i |z_i - mean z|^2): how far apart the workers are.
+
+        Estimated from at most 65,536 coordinates spread evenly, scaled to all; exact for smaller models.
+        """
+        square = 0.0
+        for z in self.state.z:
+            stride = -(-z.numel() // CONSENSUS_SAMPLE)
+            mine = z[::stride].double()
+            mean = self.comm.all_reduce_(mine.clone(), "consensus distance").div_(self.comm.size)
+            square += float((mine - mean).square().sum()) * z.numel() / mine.numel()
+        return math.sqrt(math.fsum(self.comm.gather(square)) / self.comm.size)
+
+    # ---- the start ----
+    def _check_same_model(self, flat: FlatParameters) -> None:
+        frozen = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
+        buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
+        prints = self.comm.gather(hash_of([flat.fingerprint(), frozen, buffers]))
+        others = [r for r, p in enumerate(prints) if p != prints[0]]
+        if others:
+            raise SlowmoError(
+                f"The model of rank {others[0]} differs from rank 0's in its parameters' names, shapes or dtypes.",
+                "Build the same model, with the same parameters frozen, on every rank.",
+            )
+
+    @torch.no_grad()
+    def _broadcast_model(self, flat: FlatParameters) -> None:
+        """Everybody starts from rank 0's parameters and buffers."""
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        for x in [*flat.buffers, *frozen, *self.model.buffers()]:
+            self.comm.broadcast_(x, "initial weights")
+
+
+def hash_of(thing: object) -> str:
+    """A fingerprint of anything whose repr tells all of it."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()
