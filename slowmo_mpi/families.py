@@ -307,7 +307,7 @@ def matching(n: int, seed: int = 0) -> list[Step]:
         "node",
         int,
         None,
-        "ranks per node, a divisor of the ranks; by default the largest up to 8 that leaves two nodes",
+        "ranks per node, a divisor of the ranks; by default the largest <= 8 of several nodes",
         1,
     ),
 )
@@ -433,7 +433,7 @@ def _simple_base(ranks: list[int], k: int) -> list[Step]:
 
 @_family(
     "equidyn",
-    "one peer a step at a random distance, weight eta (n-1)/n; for large n a rate that does not depend on n",
+    "one peer a step at a random distance, from a seeded table; weight eta (n-1)/n",
     Parameter("eta", float, 0.5, "how far a step goes; 1 sends all but 1/n", 0, 1, low_open=True),
     SEED,
 )

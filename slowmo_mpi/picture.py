@@ -29,15 +29,18 @@ def draw(topology: Topology, path: str | Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise SlowmoError(
             "Drawing needs matplotlib, which is not installed.", 'Type pip install "slowmo-mpi[plot]".'
         ) from None
     shown = min(topology.period, PANELS)
     rows = math.ceil(shown / COLUMNS)
-    figure = Figure(figsize=(11, 1.0 + 2.85 * rows + 4.0), facecolor="white", layout="constrained")
+    columns = math.ceil(shown / rows)  # 5 steps are 3 above 2, not 4 above 1
+    engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08, rect=(0.01, 0.01, 0.98, 0.98))
+    figure = Figure(figsize=(11, 1.0 + 3.0 * rows + 4.0), facecolor="white", layout=engine)
     FigureCanvasAgg(figure)  # no global pyplot state, no display
-    halves: Any = figure.subfigures(2, 1, height_ratios=[2.85 * rows + 0.3, 4.0])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[3.0 * rows + 0.3, 4.0])
     above, below = halves
     title = f"{topology.name}, {_count(topology.ranks, 'rank')}"
     figure.suptitle(title, fontsize=16, color=INK, weight="bold")
@@ -48,11 +51,11 @@ def draw(topology: Topology, path: str | Path) -> None:
         fontsize=11,
         color=MUTED,
     )
-    # Columns of half a panel, so that a short cycle stays in the middle, as large as in a full row.
+    # Columns of half a panel, so that a short row stays in the middle, as large as a full one.
     grid = above.add_gridspec(rows, 2 * COLUMNS)
     for panel in range(shown):
-        row, column = divmod(panel, COLUMNS)
-        first = 2 * column + max(0, COLUMNS - shown)
+        row, column = divmod(panel, columns)
+        first = 2 * column + COLUMNS - min(columns, shown - row * columns)
         _draw_step(above.add_subplot(grid[row, first : first + 2]), topology, panel)
     heat, curve = below.subplots(1, 2, width_ratios=[1, 1.35])
     bar = _draw_product(heat, topology)
@@ -95,7 +98,7 @@ def _draw_step(axes: "Axes", topology: Topology, step: int) -> None:
                     tuple(places[i]),
                     tuple(places[j]),
                     arrowstyle="<|-|>" if both else "-|>",
-                    connectionstyle="arc3,rad=" + ("0" if both else "0.14"),
+                    connectionstyle=f"arc3,rad={_bend(i, j, n, (j, i) in edges and not both):.3f}",
                     mutation_scale=max(5.0, 10 - n / 8),
                     shrinkA=radius * 0.8,
                     shrinkB=radius * 0.8,
@@ -125,15 +128,26 @@ def _draw_step(axes: "Axes", topology: Topology, step: int) -> None:
             )
     else:
         for rank in range(0, n, math.ceil(n / 8)):
-            axes.text(1.2 * x[rank], 1.2 * y[rank], str(rank), ha="center", va="center", fontsize=7, color=MUTED)
+            at = 1.2 * places[rank]
+            axes.text(at[0], at[1], str(rank), ha="center", va="center", fontsize=7, color=MUTED)
     weights = sorted({round(weight, 4) for weight in edges.values()})
-    says = {0: "no messages", 1: "weight " + " ".join(f"{w:.3g}" for w in weights)}.get(
-        len(weights), f"weights {weights[0]:.3g} to {weights[-1]:.3g}" if weights else ""
-    )
+    says = f"weights {weights[0]:.3g} to {weights[-1]:.3g}" if len(weights) > 1 else "no messages"
+    if len(weights) == 1:
+        says = f"weight {weights[0]:.3g}"
     axes.set_title(f"step {step}", fontsize=11, color=INK, pad=3)
     axes.text(0.5, -0.02, says, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color=MUTED)
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.3, 1.3), aspect="equal")
     axes.axis("off")
+
+
+def _bend(source: int, target: int, n: int, opposed: bool) -> float:
+    """How far an arrow bends to the inside, so that a short one does not run through the ranks it skips."""
+    ahead = (target - source) % n
+    apart = min(ahead, n - ahead)
+    if opposed:
+        return 0.14  # an arrow of another weight comes back: both bend to their own side
+    inward = 1 if ahead == apart else -1
+    return inward * (0.12 if apart == 1 else 0.32 * (1 - 2 * apart / n))
 
 
 def _draw_product(axes: "Axes", topology: Topology) -> Any:

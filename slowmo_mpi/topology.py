@@ -4,6 +4,7 @@ A topology is data. It knows nothing of MPI or of algorithms; the dense matrix o
 both are tested against. The formulas are in `families`, graphs that are no formula in topologies/*.toml.
 """
 
+import difflib
 import math
 import sys
 import tomllib
@@ -344,15 +345,23 @@ def _find(spec: str, folder: Path | None) -> Path:
     for place in places:
         if place.is_file():
             return place
+    near = difflib.get_close_matches(path.stem, [own.stem for own in files()], n=1)
     raise UsageError(
         f"There is no topology file {spec!r} (looked for {', '.join(map(str, dict.fromkeys(places)))}).",
-        suggest(path.name, [p.name for p in files()]) or "Check the path; slowmo topology list has ours.",
+        f"Did you mean '{near[0]}.toml'?"
+        if near
+        else "Check the path, or type slowmo topology list for ours.",
     )
 
 
 def describe(path: Path) -> dict[str, Any]:
     """What a graph file says of itself: its keys without the steps."""
     return {key: value for key, value in _parse(path).items() if key != "step"}
+
+
+def ranks_of(spec: str, folder: Path | None = None) -> int:
+    """The number of ranks that a graph file is made for."""
+    return _made_for(spec, _parse(_find(spec, folder)))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -376,12 +385,7 @@ def _read(spec: str, ranks: int, folder: Path | None) -> list[list[tuple[int, in
                 f"Topology file {spec!r} has an unknown key {key!r}.",
                 suggest(key, known) or f"The keys are {', '.join(known)}.",
             )
-    made_for: Any = content.get("ranks")
-    if not _is_int(made_for) or made_for < 1:
-        raise UsageError(
-            f"Topology file {spec!r} does not say for how many ranks it is (ranks = {made_for!r}).",
-            f"Write ranks = {ranks} above the first [[step]].",
-        )
+    made_for = _made_for(spec, content)
     if made_for != ranks:
         raise UsageError(
             f"Topology file {spec!r} is made for {made_for} ranks, and there are {ranks}.",
@@ -393,6 +397,16 @@ def _read(spec: str, ranks: int, folder: Path | None) -> list[list[tuple[int, in
             f"Topology file {spec!r} has no [[step]].", "Write [[step]] and under it edges = [[0, 1, 0.5]]."
         )
     return [_read_step(spec, k, table) for k, table in enumerate(tables)]
+
+
+def _made_for(spec: str, content: dict[str, Any]) -> int:
+    ranks: Any = content.get("ranks")
+    if not _is_int(ranks) or ranks < 1:
+        raise UsageError(
+            f"Topology file {spec!r} does not say for how many ranks it is (ranks = {ranks!r}).",
+            "Write for example ranks = 8 above the first [[step]].",
+        )
+    return int(ranks)
 
 
 def _read_step(spec: str, k: int, table: Any) -> list[tuple[int, int, float]]:

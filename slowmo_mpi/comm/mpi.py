@@ -115,6 +115,11 @@ class Communicator(Endpoint):
     def abort(self, code: int) -> None:
         self._mpi.Abort(code)
 
+    @property
+    def mpi(self) -> Any:
+        """The underlying mpi4py communicator, for libraries that want one (parallel HDF5)."""
+        return self._mpi
+
     def _buffer(self, host: Tensor) -> Any:
         """The memory of a CPU tensor as MPI bytes: MPI's own half-precision types are not to be trusted."""
         return [host.view(-1).view(torch.uint8).numpy(), self._MPI.BYTE]

@@ -31,6 +31,7 @@ Importing this module imports neither torch nor any task.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -223,12 +224,18 @@ def _keys(name: str) -> tuple[dict[str, inspect.Parameter], bool]:
     make = factory(name)
     ours = f"Define it as `def {BUILT_IN.get(name, name).partition(':')[2]}(context, *, key=default): ...`."
     try:
-        signature = inspect.signature(make, eval_str=True)
-    except NameError:  # an annotation that only a type checker can resolve
-        signature = inspect.signature(make)
+        parameters = list(inspect.signature(make).parameters.values())
     except (TypeError, ValueError):
         raise UsageError(f"Python cannot read the signature of {name!r}.", ours) from None
-    first, others = list(signature.parameters.values())[:1], list(signature.parameters.values())[1:]
+    # Annotations may be text that only a type checker can resolve; those of the built-in types are enough.
+    with contextlib.suppress(Exception):
+        parameters = list(inspect.signature(make, eval_str=True).parameters.values())
+    simple = {kind.__name__: kind for kind in (int, float, str, bool)}
+    parameters = [
+        p.replace(annotation=simple.get(p.annotation, p.annotation)) if isinstance(p.annotation, str) else p
+        for p in parameters
+    ]
+    first, others = parameters[:1], parameters[1:]
     if not first or first[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise UsageError(f"The factory {name!r} does not take the context as its first parameter.", ours)
     named = {p.name: p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

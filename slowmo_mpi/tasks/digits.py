@@ -35,7 +35,7 @@ def read() -> tuple[Images, Images]:
         ) from error
     pixels, labels = load_digits(return_X_y=True)  # pixels are whole numbers 0..16
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))  # one split for every seed
-    x = torch.from_numpy(pixels[order].astype(np.uint8)).reshape(-1, 1, 8, 8)
+    x = torch.from_numpy(pixels[order].astype(np.uint8)).reshape(-1, 8, 8)
     y = torch.from_numpy(labels[order].astype(np.uint8))
     train, test = slice(None, -TEST_SAMPLES), slice(-TEST_SAMPLES, None)
     return Images(x[train], y[train], mean=4.9, std=6.0), Images(x[test], y[test], mean=4.9, std=6.0)

@@ -30,15 +30,26 @@ def fashion_mnist(context: Context, *, width: int = 16) -> Classification:
     return Classification(network(width), partial(read, context.data or DEBIAN_FOLDER))
 
 
+class ChannelsLast(nn.Module):
+    """Grey images (b, h, w) -> (b, 1, h, w) whose memory order is channels last: half the time on a CPU.
+
+    With one channel both orders hold the same bytes; the strides alone tell the convolutions which to use.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.unsqueeze(-1).movedim(-1, 1)
+
+
 def network(width: int) -> nn.Sequential:
-    """(b, 1, 28, 28) -> logits (b, 10)."""
+    """(b, 28, 28) -> logits (b, 10)."""
 
     def layer(inputs: int, outputs: int) -> list[nn.Module]:
-        # No bias: the normalisation that follows would take it out again.
+        # No bias: the normalisation would take it out again. Pooling first leaves it a quarter of the work.
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        return [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
+        ChannelsLast(),
         *layer(1, width),  # 14 x 14
         *layer(width, 2 * width),  # 7 x 7
         *layer(2 * width, 4 * width),  # 3 x 3
@@ -70,7 +81,7 @@ def _read_split(folder: Path, split: str) -> Images:
         )
     if (largest := int(classes.max())) >= CLASSES:
         raise SlowmoError(f"{labels} holds the label {largest}, where 0 to 9 was expected.", _hint(folder))
-    return Images(pixels.unsqueeze(1), classes, MEAN, STD)
+    return Images(pixels, classes, MEAN, STD)
 
 
 def _read_bytes(file: Path, dimensions: int) -> Tensor:

@@ -1,0 +1,61 @@
+"""The command `slowmo`: parsing and printing, nothing else.
+
+No module here imports torch, mpi4py or h5py before a command runs, so that every --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import DONE, INTERRUPTED, USAGE, SlowmoError
+from .doctor import doctor
+from .init import init
+from .plan import plan
+from .say import say
+from .topology import topology
+from .train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="slowmo")
+def slowmo() -> None:
+    """Train PyTorch models over MPI with SlowMo, gossip and local steps.
+
+    Data goes to stdout, everything else to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage or
+    configuration; 3 a check found a fault; 130 Ctrl-C.
+
+    \b
+    Example:
+      slowmo init fashion-mnist > my.toml
+      slowmo plan my.toml -n 4
+      slowmo train my.toml -n 4
+    """
+
+
+for command in (init, train, plan, topology, doctor):
+    slowmo.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with the documented code; a mistake is told without a traceback."""
+    try:
+        code = slowmo.main(arguments, standalone_mode=False)
+    except SlowmoError as error:
+        say(error)
+        code = error.exit_code
+    except click.UsageError as error:
+        context = error.ctx.command_path if error.ctx else "slowmo"
+        say(SlowmoError(error.format_message(), f"Type `{context} --help`."))
+        code = USAGE
+    except click.ClickException as error:
+        say(SlowmoError(error.format_message()))
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        sys.stderr.close()
+        code = DONE
+    sys.exit(code if isinstance(code, int) else DONE)

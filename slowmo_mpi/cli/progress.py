@@ -1,0 +1,74 @@
+"""How a run is shown: a bar on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from .say import note
+
+NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "communication_share", "consensus")
+
+
+class Progress:
+    """Implements train.Show on stderr. Under `slowmo train -n N` the starter tells whether there is a terminal."""
+
+    def __init__(self) -> None:
+        columns = os.environ.get("SLOWMO_TERMINAL", "")
+        self._terminal = sys.stderr.isatty() or columns.isdigit()
+        self._columns = int(columns) if columns.isdigit() else None
+        self._bar: Any = None
+        self._steps = 0
+        self._started = 0.0
+
+    def start(self, lines: list[str], steps: int) -> None:
+        for line in lines:
+            note(line)
+        self._steps, self._started = steps, time.perf_counter()
+        if self._terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=steps, ncols=self._columns, unit="step", file=sys.stderr, mininterval=0.3,
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left {postfix}",
+            )  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def record(self, record: dict[str, Any]) -> None:
+        metrics = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in record.items()
+            if name not in NOT_METRICS and name != "sent_bytes_per_step"
+        )
+        if record["kind"] == "eval":
+            line = f"  test after epoch {record['epoch']:.2f}  {metrics}  consensus {record['consensus']:.3g}"
+            self._line(line)
+            return
+        rates = (
+            f"{record['samples_per_s']:,.0f} samples/s  communication {record['communication_share']:.0%}  "
+            f"consensus {record['consensus']:.3g}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{metrics}  {rates}")
+        else:
+            left = (time.perf_counter() - self._started) * (self._steps / record["step"] - 1)
+            self._line(
+                f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  {metrics}  {rates}  "
+                f"{int(left // 60)}:{int(left % 60):02d} left"
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _line(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            note(line)

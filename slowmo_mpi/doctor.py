@@ -1,0 +1,172 @@
+"""Is this machine ready? Every check is proved by doing it, on the ranks that the launcher really joined."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import SlowmoError
+
+OK, WARNING, FAULT = "ok", "warning", "fault"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was looked at, ok | warning | fault, and what was found."""
+
+    name: str
+    result: str
+    found: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(comm: Any) -> list[Check]:
+    """All checks, on all ranks of `comm`; the same list on every rank."""
+    checks: list[Check] = []
+    for name, check in (
+        ("MPI", _mpi),
+        ("ranks", _ranks),
+        ("messages", _messages),
+        ("GPU", _gpu),
+        ("CUDA-aware MPI", _cuda_aware),
+        ("parallel HDF5", _hdf5),
+        ("disk", _disk),
+    ):
+        checks.append(_together(comm, name, check))
+    return checks
+
+
+def _together(comm: Any, name: str, check: Callable[[Any], tuple[str, str]]) -> Check:
+    """Run a check on every rank; the worst result speaks. A check that raises is a fault."""
+    try:
+        mine = check(comm)
+    except Exception as error:
+        mine = (FAULT, f"{type(error).__name__}: {error}")
+    everybody = comm.gather(mine)
+    order = (FAULT, WARNING, OK)
+    worst = min(range(comm.size), key=lambda r: order.index(everybody[r][0]))
+    result, found = everybody[worst]
+    return Check(name, result, found if result == OK else f"{found} (rank {worst})")
+
+
+def _mpi(comm: Any) -> tuple[str, str]:
+    import mpi4py
+
+    from .comm.mpi import library_version
+
+    return OK, f"{library_version()}, mpi4py {mpi4py.__version__}"
+
+
+def _ranks(comm: Any) -> tuple[str, str]:
+    hosts = comm.gather(comm.host)
+    cores = len(os.sched_getaffinity(0))
+    names = sorted(set(hosts))
+    shown = ", ".join(f"{hosts.count(h)} on {h}" for h in names[:8]) + (" ..." if len(names) > 8 else "")
+    found = f"{comm.size} joined: {shown}; {cores} cores for each rank to run on"
+    if comm.local_size > (os.cpu_count() or 1):
+        return WARNING, f"{found}; more ranks than cores, so they take turns"
+    return OK, found
+
+
+def _messages(comm: Any) -> tuple[str, str]:
+    """All-reduce of every dtype against what it must give, and the time of a 4 MB exchange along the ring."""
+    import torch
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x = torch.full((1000,), float(comm.rank + 1), dtype=dtype, device=comm.device)
+        comm.all_reduce_(x)
+        wanted = comm.size * (comm.size + 1) / 2
+        if not torch.allclose(x.float().cpu(), torch.full((1000,), float(wanted)), rtol=1e-2):
+            return FAULT, f"all-reduce of {dtype} gave {float(x[0])}, not {wanted}"
+    if comm.size == 1:
+        return OK, "one rank: nothing to exchange"
+    payload = torch.zeros(1_000_000, device=comm.device)
+    times = []
+    for _ in range(5):
+        comm.barrier()
+        start = time.perf_counter()
+        comm.exchange(payload, [(comm.rank + 1) % comm.size], [(comm.rank - 1) % comm.size]).wait()
+        times.append(time.perf_counter() - start)
+    rate = 4e6 / sorted(times)[2] / 1e6
+    return OK, f"all dtypes summed right; 4 MB to the next rank at {rate:,.0f} MB/s"
+
+
+def _gpu(comm: Any) -> tuple[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return OK, f"none; the CPU, torch {torch.__version__}"
+    count = torch.cuda.device_count()
+    found = f"{count} x {torch.cuda.get_device_name(comm.device)}, rank {comm.rank} on {comm.device}"
+    if comm.local_size > count:
+        return WARNING, f"{found}; {comm.local_size} ranks share {count} GPUs"
+    return OK, found
+
+
+def _cuda_aware(comm: Any) -> tuple[str, str]:
+    """What MPI says of itself. CUDA tensors are staged through pinned host memory whatever the answer."""
+    library = ctypes.CDLL(None)
+    query = getattr(library, "MPIX_Query_cuda_support", None)
+    says = "does not say" if query is None else ("yes" if query() else "no")
+    return OK, f"{says}; CUDA tensors travel through pinned host memory"
+
+
+def _hdf5(comm: Any) -> tuple[str, str]:
+    try:
+        import h5py
+    except ImportError as error:
+        return FAULT, f"h5py cannot be imported: {error}"
+    parallel = bool(h5py.get_config().mpi)
+    if not all(comm.gather(parallel)):
+        return WARNING, f"h5py {h5py.__version__} is serial: checkpoints will be one file per rank"
+    folder = comm.gather(tempfile.mkdtemp(prefix="slowmo-doctor-", dir=".") if comm.rank == 0 else "")[0]
+    try:
+        path = str(Path(folder) / "probe.h5")
+        with h5py.File(path, "w", driver="mpio", comm=comm.mpi) as file:
+            data = file.create_dataset("x", (comm.size, 1000), dtype="f4")
+            with data.collective:
+                data[comm.rank] = comm.rank
+        comm.barrier()
+        with h5py.File(path, "r") as file:
+            written = [float(file["x"][r, 999]) for r in range(comm.size)]
+    finally:
+        comm.barrier()
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if written != [float(r) for r in range(comm.size)]:
+        return FAULT, f"a collective write came back as {written}"
+    return OK, f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}; {comm.size} ranks wrote one file together"
+
+
+def _disk(comm: Any) -> tuple[str, str]:
+    free = shutil.disk_usage(".").free
+    if comm.rank == 0:
+        try:
+            with tempfile.NamedTemporaryFile(dir=".") as file:
+                file.write(b"slowmo")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            return FAULT, f"this folder cannot be written: {error.strerror}"
+    result = WARNING if free < 1e9 else OK
+    return result, f"{free / 1e9:,.0f} GB free here, written and synced"
+
+
+def without_ranks() -> list[Check]:
+    """What can be said without MPI: the launcher. Used before ranks are started."""
+    from .launch import find_mpirun, mpirun_version
+
+    try:
+        mpirun = find_mpirun()
+        return [Check("launcher", OK, f"{mpirun_version(mpirun)} ({mpirun})")]
+    except SlowmoError as error:
+        return [Check("launcher", FAULT, str(error))]

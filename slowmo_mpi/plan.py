@@ -1,0 +1,121 @@
+"""A dry run: what a configuration needs on so many ranks, without MPI, data or training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import optim, tasks
+from .config import Config
+from .flat import FlatParameters
+from .topology import Topology, load
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per rank, unless said otherwise. Bytes count payload, not headers; `*_bytes_per_step` are means over a round."""
+
+    ranks: int
+    parameters: int
+    model_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    slow_bytes: int
+    message_bytes: int
+    base_bytes_per_step: float
+    outer_bytes_per_step: float
+    allreduce_bytes_per_step: float
+    steps: int | None
+    rounds: int | None
+    topology: str | None
+    spectral_gap: float | None
+    steps_to_average: int | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of the above that stays in memory; activations come on top."""
+        return (
+            self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes + self.message_bytes
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "memory_bytes": self.memory_bytes}
+
+
+def plan(config: Config, ranks: int) -> Plan:
+    """Build the model and one optimizer step's state, count everything. Raises: UsageError as `train` would."""
+    graph = None
+    if config.base.algorithm in ("dpsgd", "sgp", "osgp"):
+        graph = load(config.base.topology, ranks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        context = tasks.Context(0, ranks, config.run.seed, config.task.data)
+        task = tasks.build(config.task.name, config.task.options, context)
+    model = copy.deepcopy(task.model)
+    optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
+    flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
+    flat.gradients()
+    optimizer.step()  # on zero gradients: makes the optimizer show all of its buffers
+    n = sum(z.numel() * z.element_size() for z in flat.buffers)
+    wide = sum(z.numel() * max(4, z.element_size()) for z in flat.buffers)
+    buffers = sum(
+        b.numel() * max(4, b.element_size()) for b in model.buffers() if b.is_floating_point()
+    )
+    slow, ring = config.slowmo, 2 * (ranks - 1) / ranks
+    share = ranks if slow.sharded else 1
+    optimizer_bytes = sum(
+        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    )
+    received = max(len(graph.receives(k, 0)) for k in range(graph.period)) if graph else 0
+    outer = 0.0
+    if slow.tau and slow.average == "exact":
+        averaged = wide + buffers + (optimizer_bytes if slow.buffers == "average" else 0)
+        outer = ring * averaged / slow.tau
+    steps = config.run.steps or _steps(config, task, ranks)
+    return Plan(
+        ranks=ranks,
+        parameters=sum(e.numel for e in flat.entries),
+        model_bytes=n,
+        gradient_bytes=n,
+        optimizer_bytes=optimizer_bytes,
+        slow_bytes=2 * wide // share if slow.tau else 0,
+        message_bytes=n * (1 + received) if graph else -(-2 * wide // ranks),
+        base_bytes_per_step=_base_bytes(config, graph, n, ranks),
+        outer_bytes_per_step=outer,
+        allreduce_bytes_per_step=ring * n,
+        steps=steps,
+        rounds=steps // slow.tau if steps and slow.tau else None,
+        topology=config.base.topology if graph else None,
+        spectral_gap=1 - graph.contraction if graph else None,
+        steps_to_average=graph.steps_to_average() if graph else None,
+    )
+
+
+def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int) -> float:
+    """What rank 0 sends per inner step, on average over a cycle of the graph and a round."""
+    if config.base.algorithm == "allreduce":
+        return 2 * (ranks - 1) / ranks * n
+    if graph is None:
+        return 0.0
+    peers = sum(len(graph.sends(k, 0)) for k in range(graph.period)) / graph.period
+    slow = config.slowmo
+    posted = 1.0 / max(1, config.base.delay) if config.base.algorithm == "osgp" else 1.0
+    if slow.tau and slow.average == "exact":  # exchanges that the exact average would undo are skipped
+        delay = max(1, config.base.delay) if config.base.algorithm == "osgp" else 1
+        posted = math.ceil((slow.tau - delay) / delay) / slow.tau if slow.tau > delay else 0.0
+    return peers * posted * (n + 8)
+
+
+def _steps(config: Config, task: tasks.Task, ranks: int) -> int | None:
+    """Steps in all, where the data is here to be counted."""
+    from .errors import SlowmoError
+
+    try:
+        return config.run.epochs * (len(task.train) // (ranks * config.task.batch_size))
+    except SlowmoError:
+        return None

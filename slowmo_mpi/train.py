@@ -1,0 +1,246 @@
+"""The training loop: data, model, optimizer and worker put together from a configuration."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import bases, optim, tasks
+from .comm import Communicator, Endpoint
+from .comm.mpi import library_version
+from .config import Base, Config
+from .errors import SlowmoError
+from .runlog import RunLog, manifest
+from .tasks.sampler import Shards, share
+from .worker import SlowMo
+
+EVALUATION_BATCH = 256
+
+BASES: dict[str, Callable[[Base], bases.Base]] = {
+    "allreduce": lambda c: bases.AllReduce(),
+    "local": lambda c: bases.Local(),
+    "dpsgd": lambda c: bases.DPSGD(c.topology),
+    "sgp": lambda c: bases.SGP(c.topology),
+    "osgp": lambda c: bases.OSGP(c.topology, c.delay),
+}
+"""The one place where an algorithm's name means something."""
+
+
+class Show(Protocol):
+    """Who shows a run while it goes on; called on rank 0 only."""
+
+    def start(self, lines: list[str], steps: int) -> None:
+        """What is about to run, and for how many steps."""
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, as it is written."""
+
+    def close(self) -> None:
+        """The run has ended, well or not."""
+
+
+@dataclass
+class _Window:
+    """What is summed up between two lines of metrics.jsonl."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+    sent_bytes: int = 0
+
+
+def train(config: Config, comm: Endpoint, folder: Path, show: Show | None = None) -> dict[str, Any]:
+    """Train as `config` says, on all ranks together; the last evaluation, as in metrics.jsonl.
+
+    folder: the run folder; rank 0 writes manifest.json, config.toml, metrics.jsonl and, at the end, model.pt: the
+    averaged, de-biased model as a plain `state_dict`. Seeds torch's global generator.
+    Raises: SlowmoError, among others when the loss is no longer a number.
+    """
+    run = config.run
+    threads = set_threads(run.threads, comm)
+    torch.manual_seed(run.seed)  # the same initial weights everywhere
+    context = tasks.Context(comm.rank, comm.size, run.seed, config.task.data)
+    task = tasks.build(config.task.name, config.task.options, context)
+    tasks.check_data(config.task.name, task)
+    model = task.model.to(comm.device)
+    torch.manual_seed(run.seed * 1_000_003 + comm.rank + 1)  # dropout and the like differ by rank
+
+    optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
+    slow = config.slowmo
+    worker = SlowMo(
+        model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
+        beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
+    )  # fmt: skip
+    shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed)
+    steps = run.steps or run.epochs * shards.steps_per_epoch
+    per_unit = 1 if run.steps else shards.steps_per_epoch
+    evaluate_every = run.eval_every or (steps if run.steps else shards.steps_per_epoch)
+
+    hosts = comm.gather(comm.host)
+    log = None
+    if comm.rank == 0:
+        library = library_version() if isinstance(comm, Communicator) else f"simulated, {comm.size} ranks"
+        log = RunLog(folder, config, manifest(library, hosts, threads))
+    if show is not None:
+        show.start(_introduction(config, comm, worker, shards, threads, folder), steps)
+
+    started = time.perf_counter()
+    last: dict[str, Any] = {}
+    window = _Window()
+    try:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = optim.learning_rate(config.optimizer, step / per_unit, steps / per_unit)
+            batch = to_device(task.train.batch(shards.indices(step)), comm.device)
+            loss, metrics = task.loss(model, batch)
+            optimizer.zero_grad(set_to_none=False)  # the gradients stay views of one vector
+            loss.backward()
+            waited, sent = comm.waited_s, comm.sent_bytes
+            worker.step()
+            window.waited_s += comm.waited_s - waited
+            window.sent_bytes += comm.sent_bytes - sent
+            window.losses.append(loss.detach())
+            window.metrics.append({k: v.detach() for k, v in metrics.items()})
+
+            done = step + 1
+            if show is not None:
+                show.advance(done)
+            records = []
+            if done % run.log_every == 0 or done == steps:
+                rate = optimizer.param_groups[0]["lr"]
+                records.append({"kind": "train", **_sum_up(window, worker, config, done), "lr": rate})
+            if done % evaluate_every == 0 or done == steps:
+                last = {"kind": "eval", "step": done, **evaluate(task, worker)}
+                records.append(last)
+            if records:
+                for record in records:
+                    record |= {"epoch": done / shards.steps_per_epoch, "time_s": time.perf_counter() - started}
+                    if log is not None:
+                        log.write(record)
+                    if show is not None:
+                        show.record(record)
+                window = _Window()
+        worker.drain()
+        with worker.averaged():
+            if comm.rank == 0:
+                plain = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                torch.save(plain, folder / "model.pt")
+        if log is not None:
+            log.close(result="done", steps=steps, final=last)
+    finally:
+        if show is not None:
+            show.close()
+    return last
+
+
+@torch.no_grad()
+def evaluate(task: tasks.Task, worker: SlowMo) -> dict[str, float]:
+    """Loss and metrics of the averaged model on the test samples, each rank its share, and the consensus distance.
+
+    Changes nothing of the training's course. Without test samples only the consensus distance.
+    """
+    comm = worker.comm
+    result = {"consensus": worker.consensus_distance()}
+    if task.test is None:
+        return result
+    sums: dict[str, float] = {}
+    count = 0
+    with worker.averaged() as model:
+        training = model.training
+        model.eval()
+        mine = share(len(task.test), comm.size, comm.rank)
+        for start in range(mine.start, mine.stop, EVALUATION_BATCH):
+            indices = torch.arange(start, min(start + EVALUATION_BATCH, mine.stop))
+            loss, metrics = task.loss(model, to_device(task.test.batch(indices), comm.device))
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
+            count += len(indices)
+        model.train(training)
+    everybody = comm.gather((sums, count))
+    total = sum(n for _, n in everybody)
+    names = dict.fromkeys(name for s, _ in everybody for name in s)
+    return {name: math.fsum(s.get(name, 0.0) for s, _ in everybody) / total for name in names} | result
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple, list or dict of them, on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def set_threads(wanted: int, comm: Endpoint) -> int:
+    """torch's threads for this rank: `wanted`, else OMP_NUM_THREADS, else the host's cores shared among its ranks.
+
+    torch's own default, one thread per core in every rank, makes the ranks of a host fight for its cores.
+    """
+    if not wanted and not os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or 1)  # the launcher gave this rank cores of its own
+        simulated = not isinstance(comm, Communicator)  # only one rank runs at a time
+        wanted = cores if bound or simulated else max(1, cores // comm.local_size)
+    if wanted:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[str, Any]:
+    """The window's means over steps and workers. Raises: SlowmoError on every rank if any loss is not finite."""
+    comm = worker.comm
+    losses = torch.stack(window.losses).double().cpu()
+    bad = (~losses.isfinite()).nonzero()
+    first_bad = step - len(losses) + int(bad[0]) + 1 if len(bad) else None
+    names = sorted(window.metrics[0])
+    means = [float(losses.mean()), *(float(torch.stack([m[k].double() for m in window.metrics]).mean()) for k in names)]
+    elapsed = time.perf_counter() - window.started
+    everybody = comm.gather((first_bad, means, window.waited_s / elapsed, window.sent_bytes / len(losses)))
+    failed = [(b, r) for r, (b, *_) in enumerate(everybody) if b is not None]
+    if failed:
+        at, rank = min(failed)
+        raise SlowmoError(
+            f"The loss became {'inf or nan'} at step {at} on rank {rank} (learning rate {worker.optimizer.param_groups[0]['lr']:g}).",
+            "Type --set optimizer.lr=... with a smaller rate, or --set optimizer.warmup=...; the metrics until then are in the run folder.",
+        )
+    mean = [math.fsum(values) / comm.size for values in zip(*(m for _, m, *_ in everybody), strict=True)]
+    return {
+        "step": step,
+        **dict(zip(["loss", *names], mean, strict=True)),
+        "samples_per_s": len(losses) * config.task.batch_size * comm.size / elapsed,
+        "communication_share": math.fsum(c for *_, c, _ in everybody) / comm.size,
+        "sent_bytes_per_step": math.fsum(b for *_, b in everybody) / comm.size,
+        "consensus": worker.consensus_distance(),
+    }
+
+
+def _introduction(
+    config: Config, comm: Endpoint, worker: SlowMo, shards: Shards, threads: int, folder: Path
+) -> list[str]:
+    slow, run = config.slowmo, config.run
+    parameters = sum(e.numel for e in worker.state.flat.entries)
+    gossip = config.base.algorithm not in ("allreduce", "local")
+    graph = f" on {config.base.topology}" if gossip else ""
+    outer = f"SlowMo tau {slow.tau}, alpha {slow.alpha:g}, beta {slow.beta:g}" if slow.tau else "no outer step"
+    length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs of {shards.steps_per_epoch} steps"
+    where = f"{comm.size} ranks" + ("" if isinstance(comm, Communicator) else ", simulated")
+    return [
+        f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
+        f"{config.task.batch_size} x {comm.size} samples per step",
+        f"{config.base.algorithm}{graph}, {config.optimizer.name} lr {config.optimizer.lr:g}, {outer}",
+        f"{where} on {comm.device.type}, {threads} thread{'s' if threads > 1 else ''} each; run folder {folder}",
+    ]
