@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+GRAPHS = [f"topologies/{path.name}" for path in sorted((HERE / "topologies").glob("*.toml"))]
 
 setup(
     name="slowmo-mpi",
@@ -14,7 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["slowmo_mpi", "slowmo_mpi.*"]),
     package_data={"slowmo_mpi": ["py.typed"]},
-    data_files=[("share/slowmo-mpi/topologies", [str(p.relative_to(HERE)) for p in sorted((HERE / "topologies").glob("*.toml"))])],
+    data_files=[("share/slowmo-mpi/topologies", GRAPHS)],
     install_requires=[
         "click>=8.1",
         "h5py>=3.10",

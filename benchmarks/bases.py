@@ -79,7 +79,7 @@ def main() -> None:
 def markdown(runs: dict[str, dict[str, Any]], ranks: int, seeds: int, epochs: int) -> str:
     """The table: mean and spread (largest minus smallest) over seeds."""
     rows = [
-        "| base | SlowMo | test accuracy, % (spread) | training loss | consensus distance | kB sent per rank and step |",
+        "| base | SlowMo | test accuracy, % (spread) | training loss | consensus distance | kB per rank and step |",
         "|---|---|---|---|---|---|",
     ]
     for label in VARIANTS:

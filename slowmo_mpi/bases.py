@@ -182,6 +182,6 @@ class OSGP(_Gossip):
 
 @dataclass(frozen=True)
 class SGP(OSGP):
-    """Stochastic gradient push (Assran et al. 2019): the optimizer's step, then push-sum mixing, X <- P (X - gamma G)."""
+    """Stochastic gradient push (Assran et al. 2019): optimizer step, then push-sum mixing, X <- P (X - gamma G)."""
 
     delay: int = field(default=0, init=False)

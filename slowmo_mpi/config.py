@@ -7,7 +7,6 @@ name: unknown keys, wrong types, values out of range, combinations that cannot w
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 
 
 def key(default: Any, doc: str, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
@@ -44,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    name: str = key("digits", "quadratic, digits, fashion-mnist, or your own as \"package.module:factory\"")
+    name: str = key("digits", 'quadratic, digits, fashion-mnist, or your own as "package.module:factory"')
     batch_size: int = key(32, "samples per rank and step", at_least=1)
     data: str = key("", "folder of the data; empty: the task's default place")
     options: dict[str, Any] = key({}, "the task's own keys, written in [task] beside the others")
@@ -52,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str = key("sgd", "sgd, adam, adamw, or any torch optimizer as \"package.module:Class\"")
+    name: str = key("sgd", 'sgd, adam, adamw, or any torch optimizer as "package.module:Class"')
     lr: float = key(0.1, "learning rate gamma (after warm-up)", at_least=0)
     momentum: float | None = key(None, "sgd: momentum (default 0)", at_least=0)
     nesterov: bool | None = key(None, "sgd: Nesterov momentum (default false)")
@@ -73,7 +72,7 @@ class Base:
         "sgp", "base algorithm of the inner steps", choices=("allreduce", "local", "dpsgd", "sgp", "osgp")
     )
     topology: str = key(
-        "exponential", "who talks to whom (dpsgd, sgp, osgp): a family, \"family:key=value\", or a TOML file"
+        "exponential", 'who talks to whom (dpsgd, sgp, osgp): a family, "family:key=value", or a TOML file'
     )
     delay: int = key(1, "osgp: steps from posting an exchange to taking it in; 0 is sgp", at_least=0)
 
@@ -83,13 +82,9 @@ class Slow:
     tau: int = key(48, "inner steps per round; 0: no outer step, the base algorithm alone", at_least=0)
     alpha: float = key(1.0, "slow learning rate", at_least=0)
     beta: float = key(0.6, "slow momentum, 0 <= beta < 1", at_least=0)
-    buffers: str = key(
-        "reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average")
-    )
+    buffers: str = key("reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average"))
     average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
-    gamma: str = key(
-        "mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last")
-    )
+    gamma: str = key("mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last"))
     sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks")
 
 
@@ -134,29 +129,29 @@ class Config:
                     else "allreduce workers are equal already"
                 )
                 raise UsageError(
-                    f"slowmo.average = \"none\" needs a gossip base; base.algorithm is \"{base.algorithm}\" ({why}).",
+                    f'slowmo.average = "none" needs a gossip base; base.algorithm is "{base.algorithm}" ({why}).',
                     "Type --set base.algorithm=sgp, or --set slowmo.average=exact.",
                 )
             if slow.sharded:
                 raise UsageError(
-                    "slowmo.average = \"none\" gives every worker its own anchor and slow momentum; they cannot be sharded.",
+                    'slowmo.average = "none" gives every worker its own slow state; it cannot be sharded.',
                     "Type --set slowmo.sharded=false.",
                 )
         if base.algorithm == "local" and slow.tau == 0:
             raise UsageError(
-                "base.algorithm = \"local\" with slowmo.tau = 0 never averages: the workers would train apart.",
+                'base.algorithm = "local" with slowmo.tau = 0 never averages: the workers would train apart.',
                 "For Local SGD type --set slowmo.tau=12 --set slowmo.alpha=1 --set slowmo.beta=0.",
             )
         if opt.name != "sgd" and ":" not in opt.name:
             for name in ("momentum", "nesterov"):
                 if getattr(opt, name) is not None:
                     raise UsageError(
-                        f"optimizer.{name} belongs to sgd; optimizer.name is \"{opt.name}\".",
+                        f'optimizer.{name} belongs to sgd; optimizer.name is "{opt.name}".',
                         f"Delete optimizer.{name}, or type --set optimizer.name=sgd.",
                     )
         if opt.betas is not None and opt.name == "sgd":
             raise UsageError(
-                "optimizer.betas belongs to adam and adamw; optimizer.name is \"sgd\".",
+                'optimizer.betas belongs to adam and adamw; optimizer.name is "sgd".',
                 "Delete optimizer.betas, or type --set optimizer.name=adam.",
             )
         if opt.betas is not None and (len(opt.betas) != 2 or not all(0 <= b < 1 for b in opt.betas)):
@@ -172,12 +167,12 @@ class Config:
             raise _unknown_key("optimizer", next(iter(opt.options)), _names(Optimizer))
         if opt.name not in ("sgd", "adam", "adamw") and ":" not in opt.name:
             raise UsageError(
-                f"optimizer.name = \"{opt.name}\" is not known.{_did_you_mean(opt.name, ('sgd', 'adam', 'adamw'))}",
-                "Type sgd, adam, adamw, or \"package.module:Class\", such as \"torch.optim:RMSprop\".",
+                f'optimizer.name = "{opt.name}" is not known.{did_you_mean(opt.name, ("sgd", "adam", "adamw"))}',
+                'Type sgd, adam, adamw, or "package.module:Class", such as "torch.optim:RMSprop".',
             )
         if opt.milestones and opt.schedule != "step":
             raise UsageError(
-                f"optimizer.milestones belongs to the schedule \"step\"; optimizer.schedule is \"{opt.schedule}\".",
+                f'optimizer.milestones belongs to the schedule "step"; optimizer.schedule is "{opt.schedule}".',
                 "Type --set optimizer.schedule=step.",
             )
 
@@ -273,14 +268,9 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.name != "options"]
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean \"{close[0]}\"?" if close else ""
-
-
 def _unknown_key(section: str, name: str, known: list[str]) -> UsageError:
     return UsageError(
-        f"{section}.{name} is not a key of the configuration.{_did_you_mean(name, known)}",
+        f"{section}.{name} is not a key of the configuration.{did_you_mean(name, known)}",
         f"[{section}] takes: {', '.join(known)}.",
     )
 
@@ -308,7 +298,7 @@ def _build(table: dict[str, Any]) -> Config:
     for section, entries in table.items():
         if section not in types_:
             raise UsageError(
-                f"[{section}] is not a section of the configuration.{_did_you_mean(section, types_)}",
+                f"[{section}] is not a section of the configuration.{did_you_mean(section, types_)}",
                 f"The sections are: {', '.join(types_)}.",
             )
         if not isinstance(entries, dict):
@@ -344,9 +334,7 @@ def _value(name: str, type_: Any, k: dataclasses.Field[Any], value: Any) -> Any:
     plain = typing.get_origin(wanted) or wanted
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    numbers = not isinstance(value, list) or all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in value
-    )
+    numbers = not isinstance(value, list) or all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)) or not numbers:
         raise UsageError(
             f"{name} = {toml_value(value)} is not {_WORDS[plain]}{' of numbers' if plain is list else ''}.",
@@ -357,13 +345,11 @@ def _value(name: str, type_: Any, k: dataclasses.Field[Any], value: Any) -> Any:
     choices, at_least = k.metadata["choices"], k.metadata["at_least"]
     if choices and value not in choices:
         raise UsageError(
-            f"{name} = \"{value}\" is not known.{_did_you_mean(value, choices)}",
+            f'{name} = "{value}" is not known.{did_you_mean(value, choices)}',
             f"{name} is one of: {', '.join(choices)}.",
         )
     if at_least is not None and not at_least <= value < math.inf:
-        raise UsageError(
-            f"{name} = {value:g} is out of range.", f"Give {_WORDS[plain]}, at least {at_least:g}."
-        )
+        raise UsageError(f"{name} = {value:g} is out of range.", f"Give {_WORDS[plain]}, at least {at_least:g}.")
     return value
 
 

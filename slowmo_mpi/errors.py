@@ -1,5 +1,8 @@
 """The one exception that users see, and the exit codes of every command."""
 
+import difflib
+from collections.abc import Iterable
+
 DONE = 0
 FAILED = 1
 USAGE = 2
@@ -30,3 +33,9 @@ class UsageError(SlowmoError):
     """The command line or the configuration is wrong; nothing was started."""
 
     exit_code = USAGE
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'ring'?" to put behind a sentence, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.55)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -6,14 +6,13 @@ n = 1 every family is one step without edges. Everything is integer arithmetic, 
 on every machine; random tables come from `random.Random(seed)`, never from a global generator.
 """
 
-import difflib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from slowmo_mpi.errors import UsageError
+from slowmo_mpi.errors import UsageError, did_you_mean
 
 Step = list[tuple[int, int, float]]
 
@@ -86,7 +85,8 @@ def build(spec: str, ranks: int) -> list[Step]:
     if family is None:
         raise UsageError(
             f"There is no topology {name!r}.",
-            suggest(name, FAMILIES) or f"Choose one of {', '.join(FAMILIES)}, or a file that ends in .toml.",
+            did_you_mean(name, FAMILIES).strip()
+            or f"Choose one of {', '.join(FAMILIES)}, or a file that ends in .toml.",
         )
     known = {p.name: p for p in family.parameters}
     values: dict[str, int | float] = {p.name: p.default for p in family.parameters if p.default is not None}
@@ -101,19 +101,13 @@ def build(spec: str, ranks: int) -> list[Step]:
         if key not in known:
             raise UsageError(
                 f"Topology {name!r} has no parameter {key!r} (given as {key}={text}).",
-                suggest(key, known) or f"Type {_usage(family)}.",
+                did_you_mean(key, known).strip() or f"Type {_usage(family)}.",
             )
         if key in given:
             raise UsageError(f"Topology {spec!r} gives {key!r} twice.", f"Keep one {key}=.")
         given.add(key)
         values[key] = known[key].parse(name, text)
     return family.build(ranks, **values)
-
-
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """ "Did you mean 'ring'?", or nothing when no choice is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else ""
 
 
 def _usage(family: Family) -> str:

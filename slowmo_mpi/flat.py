@@ -59,9 +59,7 @@ class FlatParameters:
                     "Use a dense, real parameter.",
                 )
         if not trained:
-            raise SlowmoError(
-                "The model has no trainable parameter.", "Unfreeze one with requires_grad_(True)."
-            )
+            raise SlowmoError("The model has no trainable parameter.", "Unfreeze one with requires_grad_(True).")
         devices = {p.device for p in trained}
         if len(devices) > 1:
             raise SlowmoError(
@@ -78,7 +76,8 @@ class FlatParameters:
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             members = [p for p in self.parameters if p.dtype == dtype]
             align = ALIGN_BYTES // dtype.itemsize
-            offset, spans = 0, []
+            offset = 0
+            spans: list[tuple[int, int, int]] = []
             for p in members:
                 group = group_of[p]
                 stop = offset + -(-p.numel() // align) * align
@@ -138,10 +137,7 @@ class FlatParameters:
     def fingerprint(self) -> str:
         """What must be equal on all ranks: each parameter's name, place, shape, strides and dtype."""
         return repr(
-            [
-                (e, tuple(p.shape), p.stride(), str(p.dtype))
-                for e, p in zip(self.entries, self.parameters, strict=True)
-            ]
+            [(e, tuple(p.shape), p.stride(), str(p.dtype)) for e, p in zip(self.entries, self.parameters, strict=True)]
         )
 
 

@@ -1,7 +1,12 @@
-"""Starting ranks: `-n N` runs mpirun on ourselves, with the flags that this MPI and this machine need."""
+"""Starting ranks: `-n N` runs mpirun on ourselves, with the flags that this MPI and this machine need.
+
+Where a rank has said what is wrong, nothing is added to it. Where none could, what mpirun says of the end is
+told in our words.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -9,8 +14,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from .errors import DONE, FAILED, INTERRUPTED, SlowmoError, UsageError
+from .errors import DONE, FAILED, FAULT_FOUND, INTERRUPTED, STOPPED_EARLY, USAGE, SlowmoError, UsageError
 
 RANKS_PER_CORE = 16  # more than this on one machine is a mistake, not a wish
 
@@ -67,51 +73,83 @@ def mpirun_command(ranks: int, program: list[str], mpirun: str | None = None) ->
 def run(ranks: int, arguments: list[str]) -> int:
     """Run `slowmo ARGUMENTS` on so many ranks; the exit code to end with.
 
-    mpirun's own banners are left out where a rank has already said what is wrong.
+    Ctrl-C ends the ranks; a second one does not wait for them. However this process ends, mpirun ends too, and
+    the ranks with it.
+    Raises: SlowmoError where the job failed and no rank has said why.
     """
-    command = mpirun_command(ranks, [sys.executable, "-m", "slowmo_mpi", *arguments])
+    # -P: the working directory comes last on Python's path, so that a user's types.py stays the user's.
+    command = mpirun_command(ranks, [sys.executable, "-P", "-m", "slowmo_mpi", *arguments])
     environment = dict(os.environ)  # explicit: MPI puts variables into the C environment that Python's does not show
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if sys.stderr.isatty():
         environment["SLOWMO_TERMINAL"] = str(shutil.get_terminal_size().columns)
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    interrupted = False
-    filtered = _Filter()
-    assert child.stderr is not None
-    while True:
-        try:
-            chunk = os.read(child.stderr.fileno(), 65_536)
-            if not chunk:
-                break
-            filtered.feed(chunk)
-        except KeyboardInterrupt:
-            if interrupted:
-                child.kill()
-            interrupted = True
-            child.send_signal(signal.SIGINT)
-    code = child.wait()
-    filtered.finish()
-    if interrupted:
+
+    interrupts = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        child.send_signal(signal.SIGINT if interrupts == 1 else signal.SIGKILL)
+
+    child = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        process_group=0,  # a terminal's Ctrl-C comes to us alone: two at once would make mpirun leave its ranks behind
+        preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+    )  # fmt: skip
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        assert child.stderr is not None
+        end = _Stderr()
+        while chunk := os.read(child.stderr.fileno(), 65_536):
+            end.feed(chunk)
+        end.finish()
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if child.poll() is None:  # our own stderr was closed, as by `| head`
+            child.terminate()
+            child.wait()
+    if interrupts:
         return INTERRUPTED
-    if code == DONE:
-        return DONE
-    banner = filtered.banners
-    killed = re.search(r"rank (\d+).{0,200}?signal (\d+)", banner, re.DOTALL)
-    if "not enough slots" in banner:
-        raise UsageError(
+    if code in (DONE, USAGE, FAULT_FOUND, STOPPED_EARLY, INTERRUPTED):
+        return code
+    if not end.spoken:
+        raise _told(end.banners, code, ranks)
+    return FAILED
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent dies, so that nobody is left behind."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
+def _told(said: str, code: int, ranks: int) -> SlowmoError:
+    """What mpirun said of the job's end, in our words."""
+    if "not enough slots" in said:
+        return UsageError(
             f"The launcher will not start {ranks} ranks: the allocation has fewer slots.",
             "Type -n with the allocation's number of tasks, or ask the scheduler for more.",
         )
-    if killed and not filtered.spoken:
-        raise SlowmoError(
-            f"Rank {killed[1]} was killed by signal {killed[2]} ({_signal(int(killed[2]))}); the whole job was ended.",
-            "Signal 9 is often the system's answer to too little memory; ask dmesg or the site's staff.",
+    rank = re.search(r"process rank (?P<rank>\d+)|Process name: \S*,(?P<name>\d+)\]", said)
+    who = f"Rank {rank['rank'] or rank['name']} of {ranks}" if rank else ""
+    if killed := re.search(r"exited on signal (\d+)", said):
+        return SlowmoError(
+            f"{who} was killed by signal {killed[1]} ({_signal(int(killed[1]))}), and the job was ended.",
+            "Signal 9 is often the system's answer to too little memory: ask dmesg, or the site's staff."
+            if killed[1] == "9"
+            else "If a library crashed, PYTHONFAULTHANDLER=1 before the command shows where.",
         )
-    if not filtered.spoken:
-        sys.stderr.write(banner)
-        raise SlowmoError(f"mpirun ended with exit code {code}.", "Type `slowmo doctor`.")
-    return code if code in (1, 2, 3, 75, 130) else FAILED
+    if rank:
+        status = re.search(r"Exit code: (\d+)", said)
+        told = f" (exit code {status[1]})" if status else ""
+        return SlowmoError(
+            f"{who} ended before the others without a word{told}, and the job was ended.",
+            "Something in its program ends the process; a task must not.",
+        )
+    return SlowmoError(f"mpirun ended with exit code {code}{f': {said}' if said else ''}.", "Type `slowmo doctor`.")
 
 
 def _signal(number: int) -> str:
@@ -121,35 +159,60 @@ def _signal(number: int) -> str:
         return "unknown"
 
 
-class _Filter:
-    """Passes stderr on, but for mpirun's banners between lines of dashes, which it keeps aside.
+class _Stderr:
+    """Passes on what comes from mpirun's stderr, but for what mpirun says of the job's end, kept in `banners`.
 
     spoken: whether one of our ranks has reported an error.
     """
+
+    RULE = re.compile(rb"-{74,78}\s*")  # Open MPI's banners stand between two of these
+    CRASH = re.compile(rb"\[[\w.-]+:\d+\] (\*\*\* (Process rec|End of err)|Signal|Failing at|\[ ?\d+\])")
+    MPI = re.compile(rb"\[[\w.-]+:\d+\] |Abort\(\d+\) on node")  # a line that MPI itself printed
+    ENDED = re.compile(r"MPI_ABORT was invoked|exited|exiting|non-zero status|calling \"abort\"|not enough slots")
 
     def __init__(self) -> None:
         self.banners = ""
         self.spoken = False
         self._line = b""
-        self._inside = False
+        self._banner: list[bytes] = []
 
     def feed(self, chunk: bytes) -> None:
-        for piece in re.split(rb"(?<=[\n\r])", chunk):
-            self._line += piece
-            if self._line.endswith((b"\n", b"\r")):
-                self._pass(self._line)
-                self._line = b""
+        """Pass on whole lines; a progress bar's end with a carriage return."""
+        *lines, self._line = re.split(rb"(?<=[\n\r])", self._line + chunk.replace(b"\0", b""))
+        for line in lines:
+            self._pass(line)
+        sys.stderr.buffer.flush()
 
     def finish(self) -> None:
-        self._pass(self._line)
+        """Pass on what is left."""
+        for line in [*self._banner, self._line]:
+            self._write(line)
+        if self._line:
+            self._write(b"\n")
+        sys.stderr.buffer.flush()
 
     def _pass(self, line: bytes) -> None:
-        text = line.decode(errors="replace")
-        if re.fullmatch(r"-{30,}\s*", text):
-            self._inside = not self._inside
-        elif self._inside or re.match(r"\[[^\]]*\](\s|\[)|(prterun|mpirun|mpiexec|prte)\b", text):
-            self.banners += text
+        rule = self.RULE.fullmatch(line)
+        if self._banner or rule:
+            self._banner.append(line)
+            if rule and len(self._banner) > 1:
+                self._close_banner()
         else:
-            self.spoken = self.spoken or text.startswith("slowmo: ")
+            self._write(line)
+
+    def _close_banner(self) -> None:
+        """Keep aside what mpirun says of an end, pass on everything else (warnings, a user's own rules)."""
+        banner, self._banner = self._banner, []
+        text = " ".join(b"".join(banner[1:-1]).decode(errors="replace").split())  # without mpirun's line breaks
+        if self.ENDED.search(text):
+            self.banners += text + " "
+        else:
+            for line in banner:
+                self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        if self.MPI.match(line):
+            self.banners += "" if self.CRASH.match(line) else line.decode(errors="replace").strip() + " "
+        else:
+            self.spoken = self.spoken or line.startswith(b"slowmo: ")
             sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()

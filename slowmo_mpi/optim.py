@@ -27,11 +27,12 @@ def make(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.O
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UsageError(
-                f"optimizer.name = \"{config.name}\" cannot be imported: {error}.",
-                "Write \"package.module:Class\", such as \"torch.optim:RMSprop\".",
+                f'optimizer.name = "{config.name}" cannot be imported: {error}.',
+                'Write "package.module:Class", such as "torch.optim:RMSprop".',
             ) from None
-    given = {"momentum": config.momentum, "nesterov": config.nesterov, "betas": config.betas}
-    arguments |= {k: tuple(v) if k == "betas" else v for k, v in given.items() if v is not None}
+    betas = None if config.betas is None else tuple(config.betas)
+    given = {"momentum": config.momentum, "nesterov": config.nesterov, "betas": betas}
+    arguments |= {k: v for k, v in given.items() if v is not None}
     if config.weight_decay or config.name in BUILT_IN:
         arguments["weight_decay"] = config.weight_decay
     try:

@@ -38,9 +38,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """All of the above that stays in memory; activations come on top."""
-        return (
-            self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes + self.message_bytes
-        )
+        return self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes + self.message_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -63,9 +61,7 @@ def plan(config: Config, ranks: int) -> Plan:
     optimizer.step()  # on zero gradients: makes the optimizer show all of its buffers
     n = sum(z.numel() * z.element_size() for z in flat.buffers)
     wide = sum(z.numel() * max(4, z.element_size()) for z in flat.buffers)
-    buffers = sum(
-        b.numel() * max(4, b.element_size()) for b in model.buffers() if b.is_floating_point()
-    )
+    buffers = sum(b.numel() * max(4, b.element_size()) for b in model.buffers() if b.is_floating_point())
     slow, ring = config.slowmo, 2 * (ranks - 1) / ranks
     share = ranks if slow.sharded else 1
     optimizer_bytes = sum(

@@ -4,7 +4,6 @@ A topology is data. It knows nothing of MPI or of algorithms; the dense matrix o
 both are tested against. The formulas are in `families`, graphs that are no formula in topologies/*.toml.
 """
 
-import difflib
 import math
 import sys
 import tomllib
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slowmo_mpi.errors import UsageError
-from slowmo_mpi.families import FAMILIES, build, suggest
+from slowmo_mpi.errors import UsageError, did_you_mean
+from slowmo_mpi.families import FAMILIES, build
 
 __all__ = ["FAMILIES", "Edge", "Topology", "files", "load"]
 
@@ -345,12 +344,10 @@ def _find(spec: str, folder: Path | None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    near = difflib.get_close_matches(path.stem, [own.stem for own in files()], n=1)
     raise UsageError(
         f"There is no topology file {spec!r} (looked for {', '.join(map(str, dict.fromkeys(places)))}).",
-        f"Did you mean '{near[0]}.toml'?"
-        if near
-        else "Check the path, or type slowmo topology list for ours.",
+        did_you_mean(spec, [own.name for own in files()]).strip()
+        or "Check the path, or type slowmo topology list for ours.",
     )
 
 
@@ -383,7 +380,7 @@ def _read(spec: str, ranks: int, folder: Path | None) -> list[list[tuple[int, in
         if key not in known:
             raise UsageError(
                 f"Topology file {spec!r} has an unknown key {key!r}.",
-                suggest(key, known) or f"The keys are {', '.join(known)}.",
+                did_you_mean(key, known).strip() or f"The keys are {', '.join(known)}.",
             )
     made_for = _made_for(spec, content)
     if made_for != ranks:

@@ -118,20 +118,21 @@ def train(config: Config, comm: Endpoint, folder: Path, show: Show | None = None
             if show is not None:
                 show.advance(done)
             records = []
+            paused = time.perf_counter()
             if done % run.log_every == 0 or done == steps:
                 rate = optimizer.param_groups[0]["lr"]
                 records.append({"kind": "train", **_sum_up(window, worker, config, done), "lr": rate})
+                window = _Window()
             if done % evaluate_every == 0 or done == steps:
                 last = {"kind": "eval", "step": done, **evaluate(task, worker)}
                 records.append(last)
-            if records:
-                for record in records:
-                    record |= {"epoch": done / shards.steps_per_epoch, "time_s": time.perf_counter() - started}
-                    if log is not None:
-                        log.write(record)
-                    if show is not None:
-                        show.record(record)
-                window = _Window()
+            for record in records:
+                record |= {"epoch": done / shards.steps_per_epoch, "time_s": time.perf_counter() - started}
+                if log is not None:
+                    log.write(record)
+                if show is not None:
+                    show.record(record)
+            window.started += time.perf_counter() - max(paused, window.started)  # training's time alone
         worker.drain()
         with worker.averaged():
             if comm.rank == 0:
@@ -213,9 +214,10 @@ def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[
     failed = [(b, r) for r, (b, *_) in enumerate(everybody) if b is not None]
     if failed:
         at, rank = min(failed)
+        rate = worker.optimizer.param_groups[0]["lr"]
         raise SlowmoError(
-            f"The loss became {'inf or nan'} at step {at} on rank {rank} (learning rate {worker.optimizer.param_groups[0]['lr']:g}).",
-            "Type --set optimizer.lr=... with a smaller rate, or --set optimizer.warmup=...; the metrics until then are in the run folder.",
+            f"The loss became inf or nan at step {at} on rank {rank} (learning rate {rate:g}).",
+            f"Type --set optimizer.lr={rate / 10:g}, or --set optimizer.warmup=...; the run folder has the metrics.",
         )
     mean = [math.fsum(values) / comm.size for values in zip(*(m for _, m, *_ in everybody), strict=True)]
     return {

@@ -77,7 +77,7 @@ class SlowMo:
         if any("lr" not in g for g in optimizer.param_groups):
             raise UsageError(
                 f"{type(optimizer).__name__} has a parameter group without a learning rate.",
-                "SlowMo needs gamma: use an optimizer whose groups have \"lr\".",
+                'SlowMo needs gamma: use an optimizer whose groups have "lr".',
             )
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.tau, self.alpha, self.beta = tau, alpha, beta
@@ -89,7 +89,7 @@ class SlowMo:
         self._check_same_model(flat)
         self._broadcast_model(flat)
         self.state = State(flat)
-        self._fresh_optimizer_state = copy.deepcopy(dict(optimizer.state))
+        self._fresh = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}  # what "reset" goes back to
         self.state.rate_sums = [0.0] * len(optimizer.param_groups)
         self.state.last_rates = [0.0] * len(optimizer.param_groups)
         if tau:
@@ -184,7 +184,7 @@ class SlowMo:
         total = math.fsum(w for w, _ in everybody)
         if abs(total - self.comm.size) > 1e-6 * self.comm.size or not all(w > 0 for w, _ in everybody):
             raise SlowmoError(
-                f"The push-sum weights sum to {total:.9g} at step {s.step}; with {self.comm.size} ranks they must sum to {self.comm.size}.",
+                f"The push-sum weights sum to {total:.9g} at step {s.step}, not to {self.comm.size}, the ranks.",
                 "A message was lost or counted twice; this is a bug, please report it with the configuration.",
             )
         steps = [step for _, step in everybody]
@@ -197,7 +197,7 @@ class SlowMo:
         """Line 2 of the next round: the base optimizer's buffers."""
         if self.buffers == "reset":
             self.optimizer.state.clear()
-            self.optimizer.state.update(copy.deepcopy(self._fresh_optimizer_state))
+            self.optimizer.state.update({p: copy.deepcopy(state) for p, state in self._fresh.items()})
         elif self.buffers == "average":
             state = self.optimizer.state
             named = [
@@ -220,7 +220,7 @@ class SlowMo:
         if len(set(everybody)) > 1:
             raise SlowmoError(
                 f"The workers' {what} differ in names or shapes at step {self.state.step}; they cannot be averaged.",
-                "Some ranks did not use all parameters: choose buffers = \"maintain\" or \"reset\".",
+                'Some ranks did not use all parameters: choose buffers = "maintain" or "reset".',
             )
         for dtype in dict.fromkeys(t.dtype for _, t in named):
             tensors = [t for _, t in named if t.dtype == dtype]

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from worlds import Real, Simulated  # noqa: E402
+from worlds import Real, Simulated
 
 SIMULATED = [f"simulated-{n}" for n in (1, 2, 3, 4, 5, 8)]
 REAL = [f"mpi-{n}" for n in (2, 3, 4)]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import oracle
 import pytest
 import torch
-from oracle import D, Problem, Settings
+from oracle import Problem, Settings
 from torch import nn
 from worlds import Real, Simulated
 
-from slowmo_mpi import DPSGD, OSGP, SGP, AllReduce, Local, SlowMo, simulate
+from slowmo_mpi import DPSGD, OSGP, SGP, AllReduce, Local, SlowMo
 from slowmo_mpi.bases import Base
 from slowmo_mpi.comm import Endpoint
 from slowmo_mpi.topology import load

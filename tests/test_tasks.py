@@ -98,15 +98,15 @@ def test_a_class_is_a_factory_too(user_module):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fashon-mnist", "did you mean 'fashion-mnist'?"),
-        ("Digits", "did you mean 'digits'?"),
+        ("fashon-mnist", "Did you mean 'fashion-mnist'?"),
+        ("Digits", "Did you mean 'digits'?"),
         ("wmt", '"package.module:factory"'),
         ("./mine.py:make", '"mine:make"'),
         ("mine:", "not of the form"),
         (":make", "not of the form"),
         ("absent_module:make", "There is no module 'absent_module'"),
         ("mine.deeper:make", "There is no module 'mine.deeper'"),
-        ("mine:maek", "did you mean 'make'?"),
+        ("mine:maek", "Did you mean 'make'?"),
         ("mine:NUMBER", "is an int, not a factory"),
         ("mine:no_context", "does not take the context"),
         ("mine:takes_data", "context.data"),
@@ -142,7 +142,7 @@ def test_a_module_that_raises_on_import(user_module, line, words):
         ({}, "needs task.width"),
         (
             {"width": 1, "widht": 2},
-            "task.widht = 2 is not a key of the task 'mine:make' (did you mean 'width'?)",
+            "task.widht = 2 is not a key of the task 'mine:make'. Did you mean 'width'?",
         ),
         ({"width": 1, "zzz": "a"}, "width, scale, on, tag, any"),
         ({"width": "3"}, 'task.width = "3" is not a whole number'),

@@ -88,9 +88,7 @@ class Real:
         try:
             with Listener(address, "AF_UNIX", backlog=self.ranks) as listener:
                 listener._listener._socket.settimeout(PROGRAM_S)  # type: ignore[attr-defined]
-                self._job = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-                )
+                self._job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
                 found: dict[int, Connection] = {}
                 for _ in range(self.ranks):
                     connection = listener.accept()

@@ -10,11 +10,11 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import DONE, INTERRUPTED, USAGE, SlowmoError
+from ..errors import DONE, INTERRUPTED, SlowmoError, UsageError
 from .doctor import doctor
 from .init import init
 from .plan import plan
-from .say import say
+from .say import say_once
 from .topology import topology
 from .train import train
 
@@ -40,22 +40,25 @@ for command in (init, train, plan, topology, doctor):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit with the documented code; a mistake is told without a traceback."""
+    """Run the command and exit with the documented code; a mistake is told without a traceback.
+
+    What goes wrong here goes wrong in every rank that a launcher started; only its rank 0 speaks.
+    """
+    error: SlowmoError
     try:
         code = slowmo.main(arguments, standalone_mode=False)
-    except SlowmoError as error:
-        say(error)
-        code = error.exit_code
-    except click.UsageError as error:
-        context = error.ctx.command_path if error.ctx else "slowmo"
-        say(SlowmoError(error.format_message(), f"Type `{context} --help`."))
-        code = USAGE
-    except click.ClickException as error:
-        say(SlowmoError(error.format_message()))
-        code = error.exit_code
+        sys.exit(code if isinstance(code, int) else DONE)
+    except SlowmoError as mistake:
+        error = mistake
+    except click.UsageError as mistake:
+        context = mistake.ctx.command_path if mistake.ctx else "slowmo"
+        error = UsageError(mistake.format_message(), f"Type `{context} --help`.")
+    except click.ClickException as mistake:
+        error = SlowmoError(mistake.format_message())
     except (click.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of stdout has seen enough
         sys.stderr.close()
-        code = DONE
-    sys.exit(code if isinstance(code, int) else DONE)
+        sys.exit(DONE)
+    say_once(error)
+    sys.exit(error.exit_code)

@@ -27,7 +27,7 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(p.as_dict(), indent=2))
         return
-    total = p.base_bytes_per_step + p.outer_bytes_per_step
+    base, outer = p.base_bytes_per_step, p.outer_bytes_per_step
     rows = [
         ("parameters", f"{p.parameters:,}"),
         ("memory per rank", f"{size(p.memory_bytes)}, activations not counted"),
@@ -35,7 +35,7 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         ("  optimizer", size(p.optimizer_bytes)),
         ("  anchor and slow momentum", size(p.slow_bytes)),
         ("  messages", size(p.message_bytes)),
-        ("sent per rank and step", f"{size(total)} ({size(p.base_bytes_per_step)} base, {size(p.outer_bytes_per_step)} outer step)"),
+        ("sent per rank and step", f"{size(base + outer)} ({size(base)} base, {size(outer)} outer step)"),
         ("  AllReduce-SGD would send", size(p.allreduce_bytes_per_step)),
     ]
     if p.steps is not None:
@@ -43,7 +43,8 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         rows.append(("steps", f"{p.steps:,}{rounds}"))
     if p.topology is not None:
         steps = p.steps_to_average if p.steps_to_average is not None else "very many"
-        rows.append(("graph", f"{p.topology}: spectral gap {p.spectral_gap:.3g} per cycle, {steps} steps to average to 1e-6"))
+        mixing = f"spectral gap {p.spectral_gap:.3g} per cycle, {steps} steps to average to 1e-6"
+        rows.append(("graph", f"{p.topology}: {mixing}"))
     for name, value in rows:
         click.echo(f"{name:<28}{value}")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import sysconfig
 import time
 import traceback
 from pathlib import Path
@@ -11,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FAILED, INTERRUPTED, SlowmoError, UsageError
+from ..errors import DONE, INTERRUPTED, SlowmoError, UsageError
 from .progress import Progress
 from .say import config_argument, note, say
 
 if TYPE_CHECKING:
     from ..comm import Endpoint
     from ..config import Config
+
+SPEAKING_S = 5.0  # what the rank that speaks is given before the others end the job
+TOLD_CHARACTERS = 400  # of an exception's text; some of torch's go on for pages
 
 
 @click.command()
@@ -39,66 +44,39 @@ def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: 
       srun --mpi=pmix -n 32 slowmo train my.toml
       slowmo train my.toml --simulate 8
     """
+    from .. import config as configuration
     from ..comm.launcher import launched
 
+    if ranks and simulate:
+        raise UsageError("-n and --simulate exclude each other.", "Type one of them.")
     claim = launched()
-    try:
-        if ranks and simulate:
-            raise UsageError("-n and --simulate exclude each other.", "Type one of them.")
-        if claim is not None and (ranks or simulate) and claim.size > 1:
-            raise UsageError(
-                f"{claim.launcher} has started {claim.size} of this command already; -n and --simulate would "
-                "multiply them.",
-                "Leave out -n, or leave out mpirun.",
-            )
-        settings = _load(config, overrides, ranks or simulate or (claim.size if claim else 1))
-        if ranks:
-            from ..launch import run
-
-            flags = [f"--set={o}" for o in overrides] + (["--json"] if as_json else [])
-            return run(ranks, ["train", *flags, "--", config])
-        comm = None if simulate else _communicator(settings)
-    except SlowmoError as error:
-        return _refuse(error, speaker=claim is None or claim.rank == 0)
-    if simulate:
-        return _simulated(settings, simulate, as_json)
-    assert comm is not None
-    return _rank(comm, settings, as_json)
-
-
-def _load(path: str, overrides: tuple[str, ...], ranks: int) -> Config:
-    """Read the configuration and refuse, before MPI starts, whatever can be known to be wrong."""
-    from .. import config
-
-    settings = config.load(path, overrides)
+    if claim is not None and claim.size > 1 and (ranks or simulate):
+        raise UsageError(
+            f"{claim.launcher} has started {claim.size} of this command already; -n and --simulate would "
+            "multiply them.",
+            "Leave out -n, or leave out mpirun.",
+        )
+    # What can be known to be wrong is refused before MPI starts, where one process can speak for all.
+    settings = configuration.load(config, overrides)
     if settings.base.algorithm in ("dpsgd", "sgp", "osgp"):
         from .. import topology
 
-        topology.load(settings.base.topology, ranks)
+        topology.load(settings.base.topology, ranks or simulate or (claim.size if claim else 1))
+    if ranks:
+        from ..launch import run
+
+        flags = [f"--set={o}" for o in overrides] + (["--json"] if as_json else [])
+        return run(ranks, ["train", *flags, "--", config])
+
     from .. import tasks
 
     tasks.check_options(settings.task.name, settings.task.options)
-    return settings
-
-
-def _communicator(settings: Config) -> Endpoint:
-    from ..comm import Communicator
-
-    return Communicator(timeout=settings.comm.timeout)
-
-
-def _refuse(error: SlowmoError, speaker: bool) -> int:
-    """Every rank has met the same error: one tells it, the others let it finish speaking."""
-    if speaker:
-        say(error)
-    else:
-        time.sleep(5.0)
-    return error.exit_code
+    return _simulated(settings, simulate, as_json) if simulate else _rank(settings, as_json)
 
 
 def _simulated(settings: Config, ranks: int, as_json: bool) -> int:
     from ..comm import simulate
-    from ..runlog import claim_error, make_folder
+    from ..runlog import make_folder
     from ..train import train
 
     folder = make_folder(settings)
@@ -107,60 +85,68 @@ def _simulated(settings: Config, ranks: int, as_json: bool) -> int:
         return train(settings, comm, folder, Progress() if comm.rank == 0 else None)
 
     try:
-        results = simulate(ranks, program)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        told = _told(error, getattr(error, "rank", 0), ranks, folder)
-        claim_error(folder, "".join(traceback.format_exception(error)))
-        say(told)
-        return told.exit_code
-    _finish(folder, results[0], as_json)
-    return 0
+        last = simulate(ranks, program)[0]
+    except BaseException as error:
+        return _failed(error, getattr(error, "rank", 0), ranks, folder)
+    _finish(folder, last, as_json)
+    return DONE
 
 
-def _rank(comm: Endpoint, settings: Config, as_json: bool) -> int:
-    """One rank's run. An exception here ends the whole job, told once, by the first rank that fails."""
-    from ..runlog import claim_error, make_folder
+def _rank(settings: Config, as_json: bool) -> int:
+    """One rank's run. An exception here ends the whole job, told once, by the first rank that fails.
+
+    MPI_Abort hands the exit code to the launcher: Open MPI's mpirun and MPICH's end with it.
+    """
+    from ..comm import Communicator
+    from ..comm.launcher import launched
+    from ..launch import end_with_parent
+    from ..runlog import make_folder
     from ..train import train
 
+    if launched() is not None:
+        end_with_parent()  # mpirun killed by SIGKILL would leave its ranks training
+    comm = Communicator(timeout=settings.comm.timeout)
     folder: Path | None = None
     try:
-        name = comm.gather(str(make_folder(settings)) if comm.rank == 0 else "")[0]
-        folder = Path(name)
+        folder = Path(comm.gather(str(make_folder(settings)) if comm.rank == 0 else "")[0])
         last = train(settings, comm, folder, Progress() if comm.rank == 0 else None)
         if comm.rank == 0:
             _finish(folder, last, as_json)
-        return 0
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     except BaseException as error:
-        told = _told(error, comm.rank, comm.size, folder)
-        code = told.exit_code
-        if claim_error(folder, "".join(traceback.format_exception(error))):
+        code = _failed(error, comm.rank, comm.size, folder)
+        if comm.size > 1:
+            comm.abort(code)  # the others would wait for this rank
+        return code
+    return DONE
+
+
+def _failed(error: BaseException, rank: int, ranks: int, folder: Path | None) -> int:
+    """Tell what went wrong, unless another rank is telling it; the exit code to end with."""
+    from ..runlog import claim_error
+
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    told = error if isinstance(error, SlowmoError) else _told(error, rank, ranks, folder)
+    if claim_error(folder, "".join(traceback.format_exception(error))):
+        with contextlib.suppress(OSError):  # stderr may be closed, and the job must end all the same
             say(told)
-        else:
-            time.sleep(5.0)  # another rank is speaking and will end the job
-    sys.stderr.flush()
-    if comm.size > 1:
-        comm.abort(code)
-    return code
+            sys.stderr.flush()
+    else:
+        time.sleep(SPEAKING_S)
+    return told.exit_code
 
 
 def _told(error: BaseException, rank: int, ranks: int, folder: Path | None) -> SlowmoError:
-    """A SlowmoError as it is; anything else with its rank and place, the traceback being in the run folder."""
-    if isinstance(error, SlowmoError):
-        return error
-    where = ""
-    if error.__traceback__ is not None:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f" ({frame.filename}, line {frame.lineno}, in {frame.name})"
-    told = SlowmoError(
-        f"Rank {rank} of {ranks} failed: {type(error).__name__}: {error}{where}.",
+    """Any other exception in one line: rank, what, and the line of the user's own code that led to it."""
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "site-packages", "<frozen")
+    theirs = [f for f in frames if not any(place in f.filename for place in ours)]
+    where = "".join(f" ({f.filename}, line {f.lineno}, in {f.name})" for f in (theirs or frames)[-1:])
+    return SlowmoError(
+        f"Rank {rank} of {ranks} failed: {what[:TOLD_CHARACTERS]}{where}.",
         f"The traceback is in {folder / 'error.txt'}." if folder else "",
     )
-    told.exit_code = FAILED
-    return told
 
 
 def _finish(folder: Path, last: dict[str, Any], as_json: bool) -> None:

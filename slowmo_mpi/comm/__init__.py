@@ -1,7 +1,22 @@
-"""Communication: `Communicator` over MPI (the only place that imports mpi4py), and its twin `simulate`."""
+"""Communication: `Communicator` over MPI (the only place that imports mpi4py), and its twin `simulate`.
 
-from .core import Endpoint, Exchange
-from .mpi import Communicator
-from .simulated import simulate
+Names are imported when first used: `comm.launcher` is asked before torch is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core import Endpoint, Exchange
+    from .mpi import Communicator
+    from .simulated import simulate
 
 __all__ = ["Communicator", "Endpoint", "Exchange", "simulate"]
+
+_HOME = {"Communicator": "mpi", "Endpoint": "core", "Exchange": "core", "simulate": "simulated"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slowmo_mpi.comm' has no attribute {name!r}")
+    return getattr(import_module(f"slowmo_mpi.comm.{_HOME[name]}"), name)

@@ -136,7 +136,7 @@ class Endpoint(ABC):
         return self._timed(lambda: all_gather(self, x, self._next_tag(), operation))
 
     def shard(self, length: int, rank: int | None = None) -> slice:
-        """The part of a vector of `length` that `rank` (default: this one) owns: ceil(length / size) long, the last shorter."""
+        """The part of a vector that `rank` (default: this one) owns: ceil(length / size) long, the last shorter."""
         each = -(-length // self.size)
         r = self.rank if rank is None else rank
         return slice(min(r * each, length), min((r + 1) * each, length))
@@ -147,9 +147,7 @@ class Endpoint(ABC):
         flat = x.detach().reshape(-1).contiguous()
         span = 1
         while span < self.size:  # ranks below span have it already
-            peers = (
-                [self.rank + span] if self.rank < span and self.rank + span < self.size else []
-            )
+            peers = [self.rank + span] if self.rank < span and self.rank + span < self.size else []
             source = [self.rank - span] if span <= self.rank < 2 * span else []
             requests = [self._irecv(p, s, tag) for s in source for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
             requests += [self._isend(p, s, tag) for s in peers for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
@@ -164,9 +162,10 @@ class Endpoint(ABC):
     def gather(self, value: T) -> list[T]:
         """Everybody's `value` (any small picklable thing), by rank, on every rank."""
         data = pickle.dumps(value)
-        lengths = [int.from_bytes(b, "little") for b in self._timed(lambda: self._gather_bytes(len(data).to_bytes(8, "little")))]
-        padded = data.ljust(max(lengths), b"\0")
-        return [pickle.loads(b[:n]) for b, n in zip(self._timed(lambda: self._gather_bytes(padded)), lengths, strict=True)]
+        sizes = self._timed(lambda: self._gather_bytes(len(data).to_bytes(8, "little")))
+        lengths = [int.from_bytes(size, "little") for size in sizes]
+        padded = self._timed(lambda: self._gather_bytes(data.ljust(max(lengths), b"\0")))
+        return [pickle.loads(b[:n]) for b, n in zip(padded, lengths, strict=True)]
 
     def agree(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: the way to decide something together."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SlowmoError
+from ..errors import SlowmoError, UsageError
 from .core import Endpoint
 from .launcher import launched
 
@@ -157,14 +157,12 @@ def library_version() -> str:
 
 
 def _check_launcher(size: int, library: str) -> None:
+    """Refuse to train N times alone where a launcher has started N ranks that did not find each other."""
     claim = launched()
-    if claim is None or claim.size == size:
-        return
-    error = SlowmoError(
-        f"{claim.launcher} started {claim.size} processes, but each is alone in MPI ({library}, {size} rank): "
-        "the launcher belongs to another MPI.",
-        "Start with the mpirun of that MPI (slowmo train -n N finds it), or with srun --mpi=pmix; "
-        "`slowmo doctor` shows both.",
-    )
-    error.speaker = claim.rank == 0  # type: ignore[attr-defined]
-    raise error
+    if claim is not None and claim.size != size:
+        raise UsageError(
+            f"{claim.launcher} started {claim.size} processes, but {'each is alone' if size == 1 else f'only {size} meet'} "
+            f"in MPI ({library}): the launcher belongs to another MPI.",
+            "Start with the mpirun of that MPI (slowmo train -n N finds it), or with srun --mpi=pmix; "
+            "`slowmo doctor` shows both.",
+        )

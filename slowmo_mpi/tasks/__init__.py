@@ -32,7 +32,6 @@ Importing this module imports neither torch nor any task.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
@@ -44,7 +43,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
-from slowmo_mpi.errors import SlowmoError, UsageError
+from slowmo_mpi.config import toml_value
+from slowmo_mpi.errors import SlowmoError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -113,7 +113,7 @@ def factory(name: str) -> Callable[..., Task]:
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise UsageError(
-            f"There is no task {name!r}{_did_you_mean(name, BUILT_IN)}.",
+            f"There is no task {name!r}.{did_you_mean(name, BUILT_IN)}",
             f'Set task.name to {_one_of(BUILT_IN)}, or to your own factory as "package.module:factory".',
         )
     if not (attribute.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
@@ -127,8 +127,8 @@ def factory(name: str) -> Callable[..., Task]:
     except AttributeError:
         functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise UsageError(
-            f"The module {module_name!r} ({getattr(module, '__file__', 'built in')}) has no {attribute!r}"
-            f"{_did_you_mean(attribute, functions)}.",
+            f"The module {module_name!r} ({getattr(module, '__file__', 'built in')}) has no {attribute!r}."
+            f"{did_you_mean(attribute, functions)}",
             f'Define `def {attribute}(context): ...` there, or set task.name to "{module_name}:<factory>".',
         ) from None
     if not callable(found):
@@ -152,9 +152,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             _check_type(key, value, parameters[key].annotation)
         elif not takes_any:
             known = ", ".join(parameters) if parameters else "none"
-            guess = _did_you_mean(key, parameters)
+            guess = did_you_mean(key, parameters)
             raise UsageError(
-                f"task.{key} = {_toml(value)} is not a key of the task {name!r}{guess}.",
+                f"task.{key} = {toml_value(value)} is not a key of the task {name!r}.{guess}",
                 f"Remove it, or use one of the task's own keys: {known}.",
             )
     for key, parameter in parameters.items():
@@ -254,7 +254,7 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
             return
         texts = [choice for choice in choices if isinstance(choice, str)]
         raise UsageError(
-            f"task.{key} = {_toml(value)} is not one of the choices{_did_you_mean(value, texts)}.",
+            f"task.{key} = {toml_value(value)} is not one of the choices.{did_you_mean(str(value), texts)}",
             f"Set task.{key} to {_one_of(choices)}.",
         )
     accepted: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -269,7 +269,7 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and annotation is not bool):
         example = {int: "4", float: "0.5", str: '"text"', bool: "true"}[annotation]
         raise UsageError(
-            f"task.{key} = {_toml(value)} is not {words}.", f"Write {words}, for example {key} = {example}."
+            f"task.{key} = {toml_value(value)} is not {words}.", f"Write {words}, for example {key} = {example}."
         )
 
 
@@ -332,20 +332,9 @@ def _static(task: Any, member: str) -> Any:
 # Words
 
 
-def _did_you_mean(word: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _one_of(choices: Iterable[Any]) -> str:
-    *first, last = [_toml(choice) for choice in choices]
+    *first, last = [toml_value(choice) for choice in choices]
     return f"{', '.join(first)} or {last}" if first else last
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return '"' + value.replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)
 
 
 def _a(value: Any) -> str:
