@@ -2,7 +2,8 @@
 
     python benchmarks/bases.py [--ranks 4] [--seeds 3] [--epochs 2] [--out benchmarks/NAME]
 
-Writes OUT.json with every run and OUT.md with the table. Runs that OUT.json has already are not repeated.
+Writes OUT.json with every run, OUT.md with the table and OUT.png with the figure. Runs that OUT.json has already are
+not repeated.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def main() -> None:
                 print(key, runs[key], flush=True)
     table = markdown(runs, options.ranks, options.seeds, options.epochs)
     options.out.with_suffix(".md").write_text(table)
+    draw(runs, options.ranks, options.seeds, options.epochs, options.out.with_suffix(".png"))
     print(table)
 
 
@@ -97,6 +99,33 @@ def markdown(runs: dict[str, dict[str, Any]], ranks: int, seeds: int, epochs: in
                 f"| {mean('consensus'):.3g} | {mean('sent_bytes_per_step') / 1000:.1f} |"
             )
     return "\n".join(rows) + "\n"
+
+
+def draw(runs: dict[str, dict[str, Any]], ranks: int, seeds: int, epochs: int, path: Path) -> None:
+    """Test accuracy against bytes sent: an arrow from each base to the same base with SlowMo, bars for the spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for i, label in enumerate(VARIANTS):
+        points = []
+        for name in ("base", "SlowMo"):
+            found = [runs[f"{label} | {name} | seed {s} | {ranks} ranks | {epochs} epochs"] for s in range(seeds)]
+            accuracy = [100 * r["test_accuracy"] for r in found]
+            x, y = statistics.mean(r["sent_bytes_per_step"] for r in found) / 1000, statistics.mean(accuracy)
+            bars = [[y - min(accuracy)], [max(accuracy) - y]]
+            face = "white" if name == "base" else f"C{i}"
+            text = label if name == "SlowMo" else None
+            axes.errorbar(x, y, bars, fmt="o", ms=8, color=f"C{i}", mfc=face, capsize=3, elinewidth=1, label=text)
+            points.append((x, y))
+        axes.annotate("", points[1], points[0], arrowprops={"arrowstyle": "->", "color": f"C{i}", "lw": 1.5})
+    axes.set_xscale("log")
+    axes.set_xlabel("sent per rank and step, kB")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"Fashion-MNIST, {ranks} ranks, {epochs} epochs: each base (open) and with SlowMo (filled)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

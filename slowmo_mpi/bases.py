@@ -51,7 +51,7 @@ class AllReduce(Base):
 
     def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
         for g in s.flat.gradients():
-            comm.all_reduce_(g, "gradient average").div_(comm.size)
+            comm.all_reduce_(g, "gradient average", divisor=comm.size)
         update(1.0)
 
 

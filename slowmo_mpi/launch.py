@@ -149,7 +149,8 @@ def _told(said: str, code: int, ranks: int) -> SlowmoError:
             f"{who} ended before the others without a word{told}, and the job was ended.",
             "Something in its program ends the process; a task must not.",
         )
-    return SlowmoError(f"mpirun ended with exit code {code}{f': {said}' if said else ''}.", "Type `slowmo doctor`.")
+    how = f"was killed by signal {-code} ({_signal(-code)})" if code < 0 else f"ended with exit code {code}"
+    return SlowmoError(f"mpirun {how}{f': {said}' if said else ''}.", "Type `slowmo doctor`.")
 
 
 def _signal(number: int) -> str:

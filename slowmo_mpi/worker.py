@@ -226,7 +226,7 @@ class SlowMo:
             tensors = [t for _, t in named if t.dtype == dtype]
             wide = torch.promote_types(dtype, torch.float32)
             vector = torch.cat([t.detach().reshape(-1).to(self.comm.device, wide) for t in tensors])
-            self.comm.all_reduce_(vector, what).div_(self.comm.size)
+            self.comm.all_reduce_(vector, what, divisor=self.comm.size)
             for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(mean.view(t.shape))
 
@@ -244,7 +244,7 @@ class SlowMo:
                 xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
                 if s.in_flight is not None and s.in_flight.sent:
                     xbar.add_(s.in_flight.packet.vectors[i], alpha=s.in_flight.sent)
-                z.copy_(self.comm.all_reduce_(xbar.div_(self.comm.size), "average for evaluation"))
+                z.copy_(self.comm.all_reduce_(xbar, "average for evaluation", divisor=self.comm.size))
             self._average_buffers()
         try:
             yield self.model
@@ -265,7 +265,7 @@ class SlowMo:
         for z in self.state.z:
             stride = -(-z.numel() // CONSENSUS_SAMPLE)
             mine = z[::stride].double()
-            mean = self.comm.all_reduce_(mine.clone(), "consensus distance").div_(self.comm.size)
+            mean = self.comm.all_reduce_(mine.clone(), "consensus distance", divisor=self.comm.size)
             square += float((mine - mean).square().sum()) * z.numel() / mine.numel()
         return math.sqrt(math.fsum(self.comm.gather(square)) / self.comm.size)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from worlds import RankError, Real, Simulated
 from slowmo_mpi import SlowmoError, simulate
 from slowmo_mpi.comm import Communicator, Endpoint, core
 from slowmo_mpi.comm.launcher import launched
+from slowmo_mpi.launch import mpirun_command
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -184,6 +189,30 @@ def test_one_rank_that_fails_ends_all() -> None:
             world.run(fails)
     finally:
         world.stop()
+
+
+def test_an_exception_in_a_script_of_yours_ends_the_job(tmp_path: Path) -> None:
+    """Without the command around it: rank 1 raises, rank 0 waits, and all end at once with rank 1's traceback."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from slowmo_mpi import Communicator\n"
+        "comm = Communicator()\n"
+        "if comm.rank == 1:\n"
+        "    raise ValueError('my own mistake')\n"
+        "comm.barrier()\n"
+    )
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        mpirun_command(2, [sys.executable, str(script)]),
+        env={**os.environ, **root},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("ValueError: my own mistake") == 1
 
 
 def test_a_message_must_not_change_in_flight() -> None:

@@ -6,15 +6,17 @@ No module here imports torch, mpi4py or h5py before a command runs, so that ever
 from __future__ import annotations
 
 import sys
+import traceback
+from functools import partial
 
 import click
 
 from .. import __version__
-from ..errors import DONE, INTERRUPTED, SlowmoError, UsageError
+from ..errors import DONE, FAILED, INTERRUPTED, USAGE, SlowmoError
 from .doctor import doctor
 from .init import init
 from .plan import plan
-from .say import say_once
+from .say import say
 from .topology import topology
 from .train import train
 
@@ -42,23 +44,28 @@ for command in (init, train, plan, topology, doctor):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with the documented code; a mistake is told without a traceback.
 
-    What goes wrong here goes wrong in every rank that a launcher started; only its rank 0 speaks.
+    What goes wrong here usually goes wrong in every rank that a launcher has started; one of them tells it.
     """
-    error: SlowmoError
+    from ..comm.launcher import fail_together
+
     try:
         code = slowmo.main(arguments, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else DONE)
-    except SlowmoError as mistake:
-        error = mistake
-    except click.UsageError as mistake:
-        context = mistake.ctx.command_path if mistake.ctx else "slowmo"
-        error = UsageError(mistake.format_message(), f"Type `{context} --help`.")
-    except click.ClickException as mistake:
-        error = SlowmoError(mistake.format_message())
+    except SlowmoError as error:
+        code = error.exit_code
+        fail_together(code, partial(say, error))
+    except click.UsageError as error:
+        code = USAGE
+        context = error.ctx.command_path if error.ctx else "slowmo"
+        fail_together(code, partial(say, SlowmoError(error.format_message(), f"Type `{context} --help`.")))
+    except click.ClickException as error:
+        code = error.exit_code
+        fail_together(code, partial(say, SlowmoError(error.format_message())))
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has seen enough
         sys.stderr.close()
-        sys.exit(DONE)
-    say_once(error)
-    sys.exit(error.exit_code)
+        code = DONE
+    except Exception:  # a mistake of ours: its traceback, but of one rank
+        code = FAILED
+        fail_together(code, traceback.print_exc)
+    sys.exit(code if isinstance(code, int) else DONE)

@@ -46,7 +46,8 @@ class Progress:
             if name not in NOT_METRICS and name != "sent_bytes_per_step"
         )
         if record["kind"] == "eval":
-            line = f"  test after epoch {record['epoch']:.2f}  {metrics}  consensus {record['consensus']:.3g}"
+            metrics += "  " if metrics else ""
+            line = f"  test after epoch {record['epoch']:.2f}  {metrics}consensus {record['consensus']:.3g}"
             self._line(line)
             return
         rates = (

@@ -115,19 +115,19 @@ class Endpoint(ABC):
         return Exchange(self, requests, sorted({*to, *sources}), received, operation)
 
     # ---- collectives on tensors: in place, the same bits on every rank, the same order of addition every time ----
-    def all_reduce_(self, x: Tensor, operation: str = "all-reduce") -> Tensor:
-        """x = sum over ranks of x. x: contiguous vector (d,), of the same length on every rank."""
-        self.reduce_scatter_(x, operation)
+    def all_reduce_(self, x: Tensor, operation: str = "all-reduce", divisor: float = 1.0) -> Tensor:
+        """x = 1/divisor * sum over ranks of x. x: contiguous vector (d,), of the same length on every rank."""
+        self.reduce_scatter_(x, operation, divisor)
         return self.all_gather_(x, operation)
 
-    def reduce_scatter_(self, x: Tensor, operation: str = "reduce-scatter") -> Tensor:
-        """x[shard] = sum over ranks of x[shard] on the rank that owns it; the rest of x is left undefined.
+    def reduce_scatter_(self, x: Tensor, operation: str = "reduce-scatter", divisor: float = 1.0) -> Tensor:
+        """x[shard] = 1/divisor * sum over ranks of x[shard] on the rank that owns it; the rest is left undefined.
 
-        Returns this rank's x[shard] (a view). Halves are summed in float32.
+        Returns this rank's x[shard] (a view). Halves are summed and divided in float32, and rounded once.
         """
         from .ring import reduce_scatter
 
-        return self._timed(lambda: reduce_scatter(self, x, self._next_tag(), operation))
+        return self._timed(lambda: reduce_scatter(self, x, self._next_tag(), operation, divisor))
 
     def all_gather_(self, x: Tensor, operation: str = "all-gather") -> Tensor:
         """Fill x, of which every rank has only its own x[shard], with everybody's."""

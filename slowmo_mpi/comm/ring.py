@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .core import Endpoint
 
 
-def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, operation: str) -> Tensor:
-    """x[own shard] = the sum over ranks. See Endpoint.reduce_scatter_."""
+def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, operation: str, divisor: float) -> Tensor:
+    """x[own shard] = the sum over ranks, divided. See Endpoint.reduce_scatter_."""
     m, r = comm.size, comm.rank
     if m == 1:
-        return x
+        return x.div_(divisor)
     if x.dtype in (torch.float16, torch.bfloat16):
         wide = x.float()
-        mine = reduce_scatter(comm, wide, tag, operation)
+        mine = reduce_scatter(comm, wide, tag, operation, divisor)
         x[comm.shard(x.numel())] = mine.to(x.dtype)
         return x[comm.shard(x.numel())]
     left, right = (r - 1) % m, (r + 1) % m
@@ -53,7 +53,8 @@ def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, operation: str) -> Tenso
             if s < m - 2:
                 sends.append(_send(comm, chunk, right, tag))
     comm._wait(sends, [right], operation)
-    return x[comm.shard(x.numel())]
+    mine = x[comm.shard(x.numel())]
+    return mine.div_(divisor) if divisor != 1.0 else mine
 
 
 def all_gather(comm: Endpoint, x: Tensor, tag: int, operation: str) -> Tensor:
