@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -219,7 +220,7 @@ def dump(config: Config, comments: bool = False) -> str:
         for k in keys:
             current = getattr(value, k.name)
             if k.name == "options":
-                lines += [f"{name} = {toml_value(v)}" for name, v in current.items()]
+                lines += [f"{toml_key(name)} = {toml_value(v)}" for name, v in current.items()]
                 continue
             if comments:
                 lines.append(f"# {describe(k)}")
@@ -256,8 +257,13 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     return json.dumps(str(value))
+
+
+def toml_key(name: str) -> str:
+    """A key as TOML: bare where it may be, else quoted (Python's names may hold letters that bare keys may not)."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)
 
 
 def _types(cls: type) -> dict[str, Any]:

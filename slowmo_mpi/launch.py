@@ -169,6 +169,7 @@ class _Stderr:
     RULE = re.compile(rb"-{74,78}\s*")  # Open MPI's banners stand between two of these
     CRASH = re.compile(rb"\[[\w.-]+:\d+\] (\*\*\* (Process rec|End of err)|Signal|Failing at|\[ ?\d+\])")
     MPI = re.compile(rb"\[[\w.-]+:\d+\] |Abort\(\d+\) on node")  # a line that MPI itself printed
+    BAR = re.compile(rb" *\d+%\|")
     ENDED = re.compile(r"MPI_ABORT was invoked|exited|exiting|non-zero status|calling \"abort\"|not enough slots")
 
     def __init__(self) -> None:
@@ -186,10 +187,8 @@ class _Stderr:
 
     def finish(self) -> None:
         """Pass on what is left."""
-        for line in [*self._banner, self._line]:
+        for line in [*self._banner, self._line + b"\n" if self._line else b""]:
             self._write(line)
-        if self._line:
-            self._write(b"\n")
         sys.stderr.buffer.flush()
 
     def _pass(self, line: bytes) -> None:
@@ -214,6 +213,6 @@ class _Stderr:
     def _write(self, line: bytes) -> None:
         if self.MPI.match(line):
             self.banners += "" if self.CRASH.match(line) else line.decode(errors="replace").strip() + " "
-        else:
+        elif not (self.spoken and self.BAR.match(line)):  # no bar below the message
             self.spoken = self.spoken or line.startswith(b"slowmo: ")
             sys.stderr.buffer.write(line)

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ..comm.launcher import fail_together
 
     try:
-        code = slowmo.main(arguments, standalone_mode=False)
+        code = slowmo.main(arguments, prog_name="slowmo", standalone_mode=False)
     except SlowmoError as error:
         code = error.exit_code
         fail_together(code, partial(say, error))
@@ -62,9 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
         fail_together(code, partial(say, SlowmoError(error.format_message())))
     except (click.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout has seen enough
-        sys.stderr.close()
-        code = DONE
     except Exception:  # a mistake of ours: its traceback, but of one rank
         code = FAILED
         fail_together(code, traceback.print_exc)

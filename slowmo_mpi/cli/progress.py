@@ -32,7 +32,7 @@ class Progress:
 
             self._bar = tqdm(
                 total=steps, ncols=self._columns, unit="step", file=sys.stderr, mininterval=0.3,
-                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left {postfix}",
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
             )  # fmt: skip
 
     def advance(self, step: int) -> None:

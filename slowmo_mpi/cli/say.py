@@ -15,9 +15,9 @@ ERASE_LINE = "\033[2K\r"
 
 def say(error: SlowmoError) -> None:
     """What is true, and what to type, on stderr in one piece (ranks share a terminal)."""
-    bar = ERASE_LINE if "SLOWMO_TERMINAL" in os.environ else ""  # rank 0's bar may stand there
+    bar = "SLOWMO_TERMINAL" in os.environ  # rank 0's may stand there
     hint = f"\n        {error.hint}" if error.hint else ""
-    click.echo(f"{bar}slowmo: {error.message}{hint}", err=True)
+    click.echo(f"{ERASE_LINE if bar else ''}slowmo: {error.message}{hint}", err=True, color=bar or None)
 
 
 def note(text: str) -> None:
