@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -87,7 +88,10 @@ def _simulated(settings: Config, ranks: int, as_json: bool) -> int:
     try:
         last = simulate(ranks, program)[0]
     except BaseException as error:
-        return _failed(error, getattr(error, "rank", 0), ranks, folder)
+        code = _failed(error, getattr(error, "rank", 0), ranks, folder)
+        if code == INTERRUPTED:
+            os._exit(code)  # a rank's thread may still be inside torch, and Python would abort on the way out
+        return code
     _finish(folder, last, as_json)
     return DONE
 
@@ -143,8 +147,9 @@ def _told(error: BaseException, rank: int, ranks: int, folder: Path | None) -> S
     ours = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "site-packages", "<frozen")
     theirs = [f for f in frames if not any(place in f.filename for place in ours)]
     where = "".join(f" ({f.filename}, line {f.lineno}, in {f.name})" for f in (theirs or frames)[-1:])
+    who = f"Rank {rank} of {ranks}" if ranks > 1 else "The run"
     return SlowmoError(
-        f"Rank {rank} of {ranks} failed: {what[:TOLD_CHARACTERS]}{where}.",
+        f"{who} failed: {what[:TOLD_CHARACTERS]}{where}.",
         f"The traceback is in {folder / 'error.txt'}." if folder else "",
     )
 

@@ -140,6 +140,7 @@ def simulate(
     world = _World(ranks)
     results: list[Any] = [None] * ranks
     threads_per_rank = torch.get_num_threads()
+    ended = threading.Semaphore(0)
 
     def run(rank: int) -> None:
         try:
@@ -156,19 +157,22 @@ def simulate(
             world.alive[rank] = False
             world.activity += 1
             world.pass_on(rank)
+            ended.release()
 
     caller = torch.get_rng_state()
     threads = [threading.Thread(target=run, args=(r,), name=f"rank {r}", daemon=True) for r in range(ranks)]
     for thread in threads:
         thread.start()
     world.turns[0].release()
+    running = ranks
     try:
-        for thread in threads:
-            thread.join()
+        while running:
+            ended.acquire()  # not Thread.join: interrupted, it takes a running thread for a stopped one (Python 3.11)
+            running -= 1
     except KeyboardInterrupt as interrupt:
         world.failure = interrupt
-        for thread in threads:
-            thread.join(5.0)
+        while running and ended.acquire(timeout=5.0):
+            running -= 1
     finally:
         torch.set_rng_state(caller)
     if world.failure is not None:
