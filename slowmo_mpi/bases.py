@@ -13,8 +13,9 @@ Invariants: the weights, in flight included, sum to m; so do the numerators to t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -30,9 +31,15 @@ Update = Callable[[float], None]  # the optimizer's step, with its learning rate
 class Base(ABC):
     """One inner step. `remaining` counts the steps to the round's exact average, this one included (inf: none)."""
 
+    communicates: ClassVar[bool] = True  # False: workers meet only where they are averaged
+
     def bind(self, ranks: int) -> Base:
         """The same base with its graph made for so many ranks. Raises: SlowmoError where it cannot be."""
         return self
+
+    def exchanges(self, steps: float) -> bool:
+        """Whether anything is exchanged in a round of so many steps."""
+        return self.communicates
 
     def before_gradient(self, s: State, comm: Endpoint, remaining: float) -> None:
         """Post what can travel while the gradient is computed."""
@@ -52,12 +59,15 @@ class AllReduce(Base):
     def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
         for g in s.flat.gradients():
             comm.all_reduce_(g, "gradient average", divisor=comm.size)
+        s.flat.drop_unused()
         update(1.0)
 
 
 @dataclass(frozen=True)
 class Local(Base):
     """Local SGD, Local Adam: the optimizer's step alone (Stich, ICLR 2019)."""
+
+    communicates = False
 
     def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
         update(1.0)
@@ -83,21 +93,23 @@ class _Gossip(Base):
 
     def _post(self, s: State, comm: Endpoint) -> Flight:
         """Send a snapshot of z and w to this step's peers."""
-        packet = Packet(s.z)
-        packet.fill(s.z, s.w)
-        to = self.graph.sends(s.phase, comm.rank)
+        to = [peer for peer, _ in self.graph.sends(s.phase, comm.rank)]
         sources = [peer for peer, _ in self.graph.receives(s.phase, comm.rank)]
-        exchange = comm.exchange(packet.bytes, [peer for peer, _ in to], sources)
+        packet = s.packet()
+        packet.fill(s.z, s.w)
+        exchange = comm.exchange(packet.bytes, to, sources, [s.packet().bytes for _ in sources])
         s.in_flight = Flight(exchange, packet, phase=s.phase)
         s.phase += 1
         return s.in_flight
 
-    def _arrived(self, s: State, comm: Endpoint) -> list[tuple[Packet, float]]:
+    def _arrived(self, s: State, comm: Endpoint) -> Iterator[tuple[Packet, float]]:
         """Wait for the exchange in flight: the packets that came, with the p of their edges."""
         assert s.in_flight is not None
         flight, s.in_flight = s.in_flight, None
-        weights = [p for _, p in self.graph.receives(flight.phase, comm.rank)]
-        return [(Packet(s.z, b), p) for b, p in zip(flight.exchange.wait(), weights, strict=True)]
+        received = flight.exchange.wait()
+        for (_, p), payload in zip(self.graph.receives(flight.phase, comm.rank), received, strict=True):
+            yield Packet(s.z, payload), p
+        s.spare += [flight.packet.bytes, *received]
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class DPSGD(_Gossip):
 
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is not None:
-            self._arrived(s, comm)  # W x is taken in only together with its gradient
+            list(self._arrived(s, comm))  # W x is taken in only together with its gradient
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,9 @@ class OSGP(_Gossip):
     def __post_init__(self) -> None:
         if self.delay < 0:
             raise UsageError(f"delay = {self.delay} would take in what was not yet sent.", "Give 0 or more.")
+
+    def exchanges(self, steps: float) -> bool:
+        return self.delay < steps or not self.delay
 
     def before_gradient(self, s: State, comm: Endpoint, remaining: float) -> None:
         if self.delay and s.in_flight is None and remaining > self.delay:

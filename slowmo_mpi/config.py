@@ -143,6 +143,11 @@ class Config:
                 'base.algorithm = "local" with slowmo.tau = 0 never averages: the workers would train apart.',
                 "For Local SGD type --set slowmo.tau=12 --set slowmo.alpha=1 --set slowmo.beta=0.",
             )
+        if base.algorithm == "osgp" and slow.average == "exact" and 1 < slow.tau <= base.delay:
+            raise UsageError(
+                f"base.delay = {base.delay} exchanges nothing in a round of slowmo.tau = {slow.tau} steps.",
+                f"Type --set base.delay={slow.tau - 1} or less, or --set base.algorithm=local.",
+            )
         if opt.name != "sgd" and ":" not in opt.name:
             for name in ("momentum", "nesterov"):
                 if getattr(opt, name) is not None:

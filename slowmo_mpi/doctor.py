@@ -81,12 +81,12 @@ def _messages(comm: Any) -> tuple[str, str]:
     """All-reduce of every dtype against what it must give, and the time of a 4 MB exchange along the ring."""
     import torch
 
+    wrong = ""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        x = torch.full((1000,), float(comm.rank + 1), dtype=dtype, device=comm.device)
-        comm.all_reduce_(x)
-        wanted = comm.size * (comm.size + 1) / 2
+        x = comm.all_reduce_(torch.full((1000,), float(comm.rank % 2 + 1), dtype=dtype, device=comm.device))
+        wanted = comm.size + comm.size // 2
         if not torch.allclose(x.float().cpu(), torch.full((1000,), float(wanted)), rtol=1e-2):
-            return FAULT, f"all-reduce of {dtype} gave {float(x[0])}, not {wanted}"
+            wrong = wrong or f"all-reduce of {dtype} gave {float(x[0])}, not {wanted}"
     if comm.size == 1:
         return OK, "one rank: nothing to exchange"
     payload = torch.zeros(1_000_000, device=comm.device)
@@ -97,6 +97,8 @@ def _messages(comm: Any) -> tuple[str, str]:
         comm.exchange(payload, [(comm.rank + 1) % comm.size], [(comm.rank - 1) % comm.size]).wait()
         times.append(time.perf_counter() - start)
     rate = 4e6 / sorted(times)[2] / 1e6
+    if wrong:
+        return FAULT, wrong
     return OK, f"all dtypes summed right; 4 MB to the next rank at {rate:,.0f} MB/s"
 
 
@@ -121,15 +123,23 @@ def _cuda_aware(comm: Any) -> tuple[str, str]:
 
 
 def _hdf5(comm: Any) -> tuple[str, str]:
+    """A collective write by all ranks, read back. Ranks decide together, so that none is left in a collective."""
     try:
         import h5py
-    except ImportError as error:
-        return FAULT, f"h5py cannot be imported: {error}"
-    parallel = bool(h5py.get_config().mpi)
-    if not all(comm.gather(parallel)):
-        return WARNING, f"h5py {h5py.__version__} is serial: checkpoints will be one file per rank"
-    folder = comm.gather(tempfile.mkdtemp(prefix="slowmo-doctor-", dir=".") if comm.rank == 0 else "")[0]
+
+        said = h5py.get_config().mpi
+        folder = tempfile.mkdtemp(prefix="slowmo-doctor-", dir=".") if comm.rank == 0 else ""
+        mine = ("", bool(said), folder)
+    except (ImportError, OSError) as error:
+        mine = (f"{type(error).__name__}: {error}", False, "")
+    everybody = comm.gather(mine)
+    folder = everybody[0][2]
+    faults = [fault for fault, _, _ in everybody if fault]
     try:
+        if faults:
+            return FAULT, faults[0]
+        if not all(parallel for _, parallel, _ in everybody):
+            return WARNING, f"h5py {h5py.__version__} is serial: checkpoints will be one file per rank"
         path = str(Path(folder) / "probe.h5")
         with h5py.File(path, "w", driver="mpio", comm=comm.mpi) as file:
             data = file.create_dataset("x", (comm.size, 1000), dtype="f4")
@@ -138,9 +148,9 @@ def _hdf5(comm: Any) -> tuple[str, str]:
         comm.barrier()
         with h5py.File(path, "r") as file:
             written = [float(file["x"][r, 999]) for r in range(comm.size)]
-    finally:
         comm.barrier()
-        if comm.rank == 0:
+    finally:
+        if comm.rank == 0 and folder:
             shutil.rmtree(folder, ignore_errors=True)
     if written != [float(r) for r in range(comm.size)]:
         return FAULT, f"a collective write came back as {written}"

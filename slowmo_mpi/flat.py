@@ -30,7 +30,7 @@ class FlatParameters:
     The model's parameters become views of the buffers (no copy is needed to send or to update them) with
     the strides they had, so channels-last weights stay channels-last. In a buffer the parameters of one
     optimizer group stand together: `spans[b]` lists (group, start, stop), covering the whole buffer.
-    Gaps of padding hold zeros. Frozen parameters are left where they are.
+    Gaps of padding hold zeros. Frozen and empty parameters are left where they are.
 
     groups: the optimizer's parameter groups, lists of parameters.
     Raises: SlowmoError for parameters that are sparse, complex, on several devices, trainable but in no
@@ -46,7 +46,7 @@ class FlatParameters:
                     f"The optimizer has a parameter of shape {tuple(p.shape)} that is not in the model.",
                     "Put everything that is trained into one torch.nn.Module and give that to SlowMo.",
                 )
-        trained = [p for p in named if p.requires_grad]
+        trained = [p for p in named if p.requires_grad and p.numel()]
         for p in trained:
             if p not in group_of:
                 raise SlowmoError(
@@ -67,6 +67,7 @@ class FlatParameters:
                 "A rank owns one device: move the model there with model.to(comm.device).",
             )
 
+        self._model, self._groups = model, [list(members) for members in groups]
         self.parameters = sorted(trained, key=lambda p: (str(p.dtype), group_of[p]))  # stable: model order within
         self.buffers: list[Tensor] = []
         self.spans: list[list[tuple[int, int, int]]] = []
@@ -103,17 +104,27 @@ class FlatParameters:
         return views
 
     def gradients(self) -> list[Tensor]:
-        """The gradients as vectors laid out like `buffers`; every `p.grad` is a view of them afterwards.
+        """The gradients as vectors laid out like `buffers`, and behind them one number per parameter: used or not.
 
-        A gradient that autograd put elsewhere is copied in (once, unless it is set to None again); a
-        missing one counts as zero, so that every rank's vector has the same length whatever it used.
+        Every `p.grad` is a view of them afterwards. A gradient that autograd put elsewhere is copied in (once,
+        unless it is set to None again); a missing one counts as zero, so that every rank's vector has the same
+        length whatever it used. See `drop_unused`.
         """
         if not self._gradients:
-            self._gradients = [torch.zeros_like(b) for b in self.buffers]
+            members = [sum(e.buffer == i for e in self.entries) for i in range(len(self.buffers))]
+            self._gradients = [b.new_zeros(b.numel() + n) for b, n in zip(self.buffers, members, strict=True)]
             self._gradient_views = self.views(self._gradients)
-        for p, view, entry in zip(self.parameters, self._gradient_views, self.entries, strict=True):
+            self._used = [
+                u for g, b in zip(self._gradients, self.buffers, strict=True) for u in g[b.numel() :].unbind()
+            ]
+        for g, b in zip(self._gradients, self.buffers, strict=True):
+            g[b.numel() :] = 1
+        self._missing = []
+        for i, (p, view, entry) in enumerate(zip(self.parameters, self._gradient_views, self.entries, strict=True)):
             if p.grad is None:
                 view.zero_()
+                self._used[i].zero_()
+                self._missing.append(i)
             elif p.grad.layout != torch.strided:
                 raise SlowmoError(
                     f"The gradient of {entry.name} is sparse; gradients are averaged as one dense vector.",
@@ -121,11 +132,38 @@ class FlatParameters:
                 )
             elif p.grad.data_ptr() != view.data_ptr():
                 view.copy_(p.grad)
-            p.grad = view
+            p.grad = view if p.requires_grad else None
         return self._gradients
 
-    def check_views(self) -> None:
-        """Raise SlowmoError if a parameter no longer lies in its buffer (the model was moved or rebuilt)."""
+    def drop_unused(self) -> None:
+        """After the gradients were averaged: None again for parameters that no rank used, as torch has it.
+
+        Else momentum and weight decay would go on moving them.
+        """
+        for i in self._missing:
+            if not float(self._used[i]):
+                self.parameters[i].grad = None
+
+    def check(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Raise SlowmoError if what is trained is no longer what lies in the buffers.
+
+        (The model was moved or rebuilt, a parameter was unfrozen, the optimizer was given others: those would be
+        trained without ever being exchanged.)
+        """
+        mine = set(map(id, self.parameters))
+        for name, p in self._model.named_parameters():
+            if p.requires_grad and p.numel() and id(p) not in mine:
+                raise SlowmoError(
+                    f"Parameter {name} was added, replaced or unfrozen after SlowMo was made; it would train apart.",
+                    "Change the model first, then make SlowMo (a new one, where training goes on with more).",
+                )
+        if any(len(a) != len(b) for a, b in zip(groups, self._groups, strict=False)) or len(groups) != len(
+            self._groups
+        ):
+            raise SlowmoError(
+                "The optimizer was given other parameters after SlowMo was made.",
+                "Give it all parameters first, then make SlowMo.",
+            )
         for p, e in zip(self.parameters, self.entries, strict=True):
             b = self.buffers[e.buffer]
             if p.data_ptr() != b.data_ptr() + e.start * b.element_size():

@@ -82,8 +82,8 @@ def run(ranks: int, arguments: list[str]) -> int:
     environment = dict(os.environ)  # explicit: MPI puts variables into the C environment that Python's does not show
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if sys.stderr.isatty():
-        environment["SLOWMO_TERMINAL"] = str(shutil.get_terminal_size().columns)
+    if columns := terminal_columns():
+        environment["SLOWMO_TERMINAL"] = str(columns)
 
     interrupts = 0
 
@@ -117,6 +117,14 @@ def run(ranks: int, arguments: list[str]) -> int:
     if not end.spoken:
         raise _told(end.banners, code, ranks)
     return FAILED
+
+
+def terminal_columns() -> int:
+    """The width of the terminal that stderr is, or 0 where it is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # some do not tell their width
+    except OSError:
+        return 0
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

@@ -46,6 +46,12 @@ class State:
     slow: list[Slow] = field(default_factory=list)  # one per flat buffer; empty without an outer step
     rate_sums: list[float] = field(default_factory=list)  # learning rates used in this round, summed, per group
     last_rates: list[float] = field(default_factory=list)
+    peak_rates: list[float] = field(default_factory=list)  # the largest rate ever, per group
+    spare: list[Tensor] = field(default_factory=list)  # memory of past messages, for the next ones
+
+    def packet(self) -> Packet:
+        """A message to fill, in memory that was used before where there is some: fresh pages are slow."""
+        return Packet(self.z, self.spare.pop() if self.spare else None)
 
     @property
     def z(self) -> list[Tensor]:

@@ -159,7 +159,7 @@ def evaluate(task: tasks.Task, worker: SlowMo) -> dict[str, float]:
     sums: dict[str, float] = {}
     count = 0
     with worker.averaged() as model:
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]  # some may be in eval mode on purpose
         model.eval()
         mine = share(len(task.test), comm.size, comm.rank)
         for start in range(mine.start, mine.stop, EVALUATION_BATCH):
@@ -168,7 +168,8 @@ def evaluate(task: tasks.Task, worker: SlowMo) -> dict[str, float]:
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
             count += len(indices)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     everybody = comm.gather((sums, count))
     total = sum(n for _, n in everybody)
     names = dict.fromkeys(name for s, _ in everybody for name in s)
@@ -189,13 +190,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def set_threads(wanted: int, comm: Endpoint) -> int:
     """torch's threads for this rank: `wanted`, else OMP_NUM_THREADS, else the host's cores shared among its ranks.
 
-    torch's own default, one thread per core in every rank, makes the ranks of a host fight for its cores.
+    torch's own default, one thread per core in every rank, makes the ranks of a host fight for its cores. Ranks that
+    the launcher bound to the same cores share those.
     """
+    mine = (comm.host, tuple(sorted(os.sched_getaffinity(0))))
+    sharers = comm.gather(mine).count(mine) if isinstance(comm, Communicator) else 1  # simulated ranks take turns
     if not wanted and not os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        cores = len(os.sched_getaffinity(0))
-        bound = cores < (os.cpu_count() or 1)  # the launcher gave this rank cores of its own
-        simulated = not isinstance(comm, Communicator)  # only one rank runs at a time
-        wanted = cores if bound or simulated else max(1, cores // comm.local_size)
+        wanted = max(1, len(mine[1]) // sharers)
     if wanted:
         torch.set_num_threads(wanted)
     return torch.get_num_threads()

@@ -36,8 +36,9 @@ class SlowMo:
     average: "exact", or "none" for the noaverage variant; gamma: the round's rate, "mean" or "last".
     sharded: keep 1/m of anchor and slow momentum on each rank (reduce-scatter and all-gather instead of an
     all-reduce: the same bytes).
-    Batch-norm buffers are averaged wherever the parameters are: at every exact average, and while
-    `averaged()` lasts; between them each worker keeps its own.
+    Batch-norm's running statistics are averaged wherever the parameters are: at every exact average, and while
+    `averaged()` lasts; between them each worker keeps its own. Other buffers are rank 0's at the start, and then
+    each worker's own.
 
     Raises: UsageError for settings that cannot work; SlowmoError where the ranks' models differ in shape.
     """
@@ -64,10 +65,10 @@ class SlowMo:
         ):
             if value not in known:
                 raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")
-        if tau < 0 or alpha < 0 or not 0 <= beta < 1:
+        if tau != int(tau) or tau < 0 or not 0 <= alpha < math.inf or not 0 <= beta < 1:
             raise UsageError(
                 f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
-                "tau >= 0, alpha >= 0, 0 <= beta < 1.",
+                "tau is a whole number >= 0, alpha >= 0, 0 <= beta < 1.",
             )
         if sharded and average == "none":
             raise UsageError(
@@ -84,14 +85,30 @@ class SlowMo:
         self.buffers, self.average, self.gamma = buffers, average, gamma
         self.sharded = sharded and comm.size > 1
         self.base = base.bind(comm.size)
+        apart = not base.communicates and (tau == 0 or average == "none")
+        if apart and comm.size > 1:
+            raise UsageError(
+                f"{type(base).__name__} without an exact average never meets the other workers.",
+                'Set tau >= 1 and average="exact".',
+            )
+        if base.communicates and tau > 1 and average == "exact" and not base.exchanges(tau):
+            raise UsageError(
+                f"{base} exchanges nothing in a round of tau = {tau} steps: each exchange would end at its average.",
+                "Choose a delay below tau, or Local().",
+            )
 
         flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
-        self._check_same_model(flat)
+        self._check_alike(flat)
         self._broadcast_model(flat)
         self.state = State(flat)
-        self._fresh = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}  # what "reset" goes back to
-        self.state.rate_sums = [0.0] * len(optimizer.param_groups)
-        self.state.last_rates = [0.0] * len(optimizer.param_groups)
+        # What "reset" goes back to. Most optimizers have no state before their first step; one that comes with a
+        # history (a warm-up, a checkpoint) is reset to none, not to that history.
+        unused = all(float(state.get("step", 1)) == 0 for state in optimizer.state.values())
+        self._fresh = {p: copy.deepcopy(state) for p, state in optimizer.state.items() if unused}
+        groups = optimizer.param_groups
+        self.state.rate_sums = [0.0] * len(groups)
+        self.state.last_rates = [0.0] * len(groups)
+        self.state.peak_rates = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
         if tau:
             self.state.slow = [Slow.start(z[self._mine(z)]) for z in self.state.z]
 
@@ -101,9 +118,10 @@ class SlowMo:
         """After `loss.backward()`: the optimizer's step, the base's exchange, and every `tau` steps the outer step."""
         s = self.state
         self.comm.step = s.step
-        s.flat.check_views()
+        s.flat.check([g["params"] for g in self.optimizer.param_groups])
         self._begin()
         s.last_rates = [float(g["lr"]) for g in self.optimizer.param_groups]
+        s.peak_rates = list(map(max, s.peak_rates, s.last_rates))
         s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
         self.base.step(s, self.comm, self._update, self._remaining())
         s.step += 1
@@ -144,7 +162,7 @@ class SlowMo:
         self.base.drain(s, self.comm)
         if self.average == "exact":
             self._check_weights()
-            self._average_buffers()
+            self._average_statistics()
         for z, slow, spans in zip(s.z, s.slow, s.flat.spans, strict=True):
             xbar = z if z.dtype == slow.x0.dtype else z.to(slow.x0.dtype)
             mine = self._mine(z)
@@ -158,7 +176,7 @@ class SlowMo:
                 here = slice(max(start, mine.start), min(stop, mine.stop))
                 if here.start < here.stop:
                     part = slice(here.start - mine.start, here.stop - mine.start)
-                    rate = self._round_rate(group)
+                    rate = self._round_rate(group, slow.x0.dtype)
                     outer_step(slow.x0[part], slow.u[part], xbar[here], rate, self.alpha, self.beta)
             z[mine] = slow.x0.to(z.dtype)
             if self.sharded:
@@ -173,9 +191,13 @@ class SlowMo:
         """The part of a flat vector whose slow state this rank keeps."""
         return self.comm.shard(vector.numel()) if self.sharded else slice(0, vector.numel())
 
-    def _round_rate(self, group: int) -> float:
+    def _round_rate(self, group: int, dtype: torch.dtype) -> float:
+        """The round's gamma. 0 where it is so small beside the largest that x0 - xbar is nothing but rounding:
+        divided by it, the rounding would be a huge momentum once the rate is back.
+        """
         s = self.state
-        return s.rate_sums[group] / self.tau if self.gamma == "mean" else s.last_rates[group]
+        rate = s.rate_sums[group] / self.tau if self.gamma == "mean" else s.last_rates[group]
+        return rate if rate > torch.finfo(dtype).eps * s.peak_rates[group] else 0.0
 
     def _check_weights(self) -> None:
         """Push-sum's invariant: with nothing in flight the weights sum to m. Also that all are at the same step."""
@@ -206,21 +228,28 @@ class SlowMo:
                 for key, value in sorted(state.get(p, {}).items())
                 if isinstance(value, Tensor) and value.is_floating_point()
             ]
-            self._average_tensors(named, "optimizer buffers")
+            hint = 'Some ranks did not use all parameters: choose buffers = "maintain" or "reset".'
+            self._average_tensors(named, "optimizer buffers", hint)
 
     # ---- batch-norm buffers, evaluation, measures ----
-    def _average_buffers(self) -> None:
-        named = [(n, b) for n, b in self.model.named_buffers() if b.is_floating_point() and b.numel()]
-        self._average_tensors(named, "batch-norm buffers")
+    def _statistics(self) -> list[tuple[str, Tensor]]:
+        """Batch-norm's running means and variances (other buffers may be masks or caches, which have no average)."""
+        return [
+            (f"{name}.{key}", buffer)
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+            for key, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
 
-    def _average_tensors(self, named: list[tuple[str, Tensor]], what: str) -> None:
-        """The mean over workers of each tensor, in place, as one message per dtype."""
+    def _average_tensors(self, named: list[tuple[str, Tensor]], what: str, hint: str) -> None:
+        """The mean over workers of each tensor, in place, as one message per dtype. Raises: SlowmoError with `hint`
+        where the workers' tensors differ in names or shapes."""
         shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
-        everybody = self.comm.gather(hash_of(shapes))
-        if len(set(everybody)) > 1:
+        if len(set(self.comm.gather(hash_of(shapes)))) > 1:
             raise SlowmoError(
                 f"The workers' {what} differ in names or shapes at step {self.state.step}; they cannot be averaged.",
-                'Some ranks did not use all parameters: choose buffers = "maintain" or "reset".',
+                hint,
             )
         for dtype in dict.fromkeys(t.dtype for _, t in named):
             tensors = [t for _, t in named if t.dtype == dtype]
@@ -230,29 +259,33 @@ class SlowMo:
             for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(mean.view(t.shape))
 
+    def _average_statistics(self) -> None:
+        if statistics := self._statistics():
+            self._average_tensors(statistics, "batch-norm buffers", "Build the same model on every rank.")
+
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The model as the average of all workers, sum(w z) / m, messages in flight included, while in the block.
 
-        Every rank must enter it. Afterwards parameters and buffers are bit for bit what they were.
+        Every rank must enter it. Afterwards parameters and batch-norm's statistics are bit for bit what they were.
         """
         with torch.no_grad():
             s = self.state
             parameters = [z.clone() for z in s.z]
-            buffers = [b.clone() for b in self.model.buffers()]
+            statistics = [(b, b.clone()) for _, b in self._statistics()]
             for i, z in enumerate(s.z):
                 xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
                 if s.in_flight is not None and s.in_flight.sent:
                     xbar.add_(s.in_flight.packet.vectors[i], alpha=s.in_flight.sent)
                 z.copy_(self.comm.all_reduce_(xbar, "average for evaluation", divisor=self.comm.size))
-            self._average_buffers()
+            self._average_statistics()
         try:
             yield self.model
         finally:
             with torch.no_grad():
                 for z, kept in zip(s.z, parameters, strict=True):
                     z.copy_(kept)
-                for b, kept in zip(self.model.buffers(), buffers, strict=True):
+                for b, kept in statistics:
                     b.copy_(kept)
 
     @torch.no_grad()
@@ -270,16 +303,28 @@ class SlowMo:
         return math.sqrt(math.fsum(self.comm.gather(square)) / self.comm.size)
 
     # ---- the start ----
-    def _check_same_model(self, flat: FlatParameters) -> None:
-        frozen = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
-        buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
-        prints = self.comm.gather(hash_of([flat.fingerprint(), frozen, buffers]))
-        others = [r for r, p in enumerate(prints) if p != prints[0]]
-        if others:
+    def _check_alike(self, flat: FlatParameters) -> None:
+        """That all ranks have the same model and the same settings."""
+        if flat.buffers[0].device != self.comm.device:
             raise SlowmoError(
-                f"The model of rank {others[0]} differs from rank 0's in its parameters' names, shapes or dtypes.",
-                "Build the same model, with the same parameters frozen, on every rank.",
+                f"The model is on {flat.buffers[0].device}, this rank's device is {self.comm.device}.",
+                "Type model.to(comm.device) first, or Communicator(device=...).",
             )
+        others = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
+        buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
+        settings = {
+            k: getattr(self, k)
+            for k in ("base", "tau", "alpha", "beta", "buffers", "average", "gamma", "sharded", "optimizer")
+        }
+        settings["optimizer"] = type(self.optimizer).__name__
+        everybody = self.comm.gather((hash_of([flat.fingerprint(), others, buffers]), hash_of(settings)))
+        for part, what, hint in (
+            (0, "model", "Build the same model, with the same parameters frozen, on every rank."),
+            (1, "settings", "Give SlowMo the same base, tau, alpha, beta and the like on every rank."),
+        ):
+            different = [r for r, prints in enumerate(everybody) if prints[part] != everybody[0][part]]
+            if different:
+                raise SlowmoError(f"The {what} of rank {different[0]} differs from rank 0's.", hint)
 
     @torch.no_grad()
     def _broadcast_model(self, flat: FlatParameters) -> None:

@@ -173,6 +173,7 @@ def test_a_wrong_key_or_value_is_named(override: str, words: list[str]) -> None:
         (["slowmo.average=none", "base.algorithm=allreduce"], ["slowmo.average", '"allreduce"', "equal already"]),
         (["slowmo.average=none", "slowmo.sharded=true"], ["slowmo.average", "--set slowmo.sharded=false"]),
         (["base.algorithm=local", "slowmo.tau=0"], ['"local"', "slowmo.tau = 0", "--set slowmo.tau=12"]),
+        (["base.algorithm=osgp", "base.delay=12"], ["base.delay = 12", "slowmo.tau = 12", "--set base.delay=11"]),
         (["optimizer.name=adam", "optimizer.momentum=0.9"], ["optimizer.momentum", '"adam"', "optimizer.name=sgd"]),
         (["optimizer.name=adamw", "optimizer.nesterov=true"], ["optimizer.nesterov", '"adamw"']),
         (["optimizer.betas=[0.9,0.99]"], ["optimizer.betas", '"sgd"', "--set optimizer.name=adam"]),
@@ -191,7 +192,8 @@ def test_impossible_combinations_are_refused(overrides: list[str], words: list[s
 def test_the_same_combinations_are_possible_where_they_make_sense() -> None:
     for overrides in (
         ["slowmo.average=none"],
-        ["slowmo.average=none", "base.algorithm=osgp", "base.delay=2"],
+        ["slowmo.average=none", "base.algorithm=osgp", "base.delay=12"],
+        ["base.algorithm=osgp", "base.delay=11"],
         ["slowmo.average=none", "slowmo.tau=0", "base.algorithm=allreduce"],
         ["slowmo.sharded=true"],
         ["optimizer.name=torch.optim:RMSprop", "optimizer.momentum=0.9", "optimizer.centered=true"],

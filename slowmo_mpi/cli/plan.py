@@ -21,9 +21,11 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
       slowmo plan my.toml -n 32 --set base.topology=base:k=1
     """
     from .. import config as configuration
+
+    settings = configuration.load(config, overrides)  # what is wrong there is told before torch is imported
     from ..plan import plan as make
 
-    p = make(configuration.load(config, overrides), ranks)
+    p = make(settings, ranks)
     if as_json:
         click.echo(json.dumps(p.as_dict(), indent=2))
         return

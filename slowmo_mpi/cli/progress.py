@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from ..launch import terminal_columns
 from .say import note
 
 NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "communication_share", "consensus")
@@ -16,9 +17,7 @@ class Progress:
     """Implements train.Show on stderr. Under `slowmo train -n N` the starter tells whether there is a terminal."""
 
     def __init__(self) -> None:
-        columns = os.environ.get("SLOWMO_TERMINAL", "")
-        self._terminal = sys.stderr.isatty() or columns.isdigit()
-        self._columns = int(columns) if columns.isdigit() else None
+        self._columns = int(os.environ.get("SLOWMO_TERMINAL", 0)) or terminal_columns()
         self._bar: Any = None
         self._steps = 0
         self._started = 0.0
@@ -27,11 +26,11 @@ class Progress:
         for line in lines:
             note(line)
         self._steps, self._started = steps, time.perf_counter()
-        if self._terminal:
+        if self._columns:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=steps, ncols=self._columns, unit="step", file=sys.stderr, mininterval=0.3,
+                total=steps, ncols=self._columns, nrows=24, unit="step", file=sys.stderr, mininterval=0.3,
                 bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
             )  # fmt: skip
 

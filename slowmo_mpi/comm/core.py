@@ -97,15 +97,21 @@ class Endpoint(ABC):
 
     # ---- point to point ----
     def exchange(
-        self, payload: Tensor, to: Sequence[int], sources: Sequence[int], operation: str = "gossip exchange"
+        self,
+        payload: Tensor,
+        to: Sequence[int],
+        sources: Sequence[int],
+        received: list[Tensor] | None = None,
+        operation: str = "gossip exchange",
     ) -> Exchange:
         """Send `payload` to each of `to`, receive an equally long one from each of `sources`; returns at once.
 
-        payload: contiguous, unchanged until the exchange is done. Receives are posted first, so no order of
-        sending can deadlock.
+        payload: contiguous, unchanged until the exchange is done. received: memory for what comes in, one
+        tensor like the payload per source. Receives are posted first, so no order of sending can deadlock.
         """
         tag = self._next_tag()
-        received = [torch.empty_like(payload) for _ in sources]
+        if received is None:
+            received = [torch.empty_like(payload) for _ in sources]
         requests: list[Any] = []
         for source, target in zip(sources, received, strict=True):
             requests += [self._irecv(piece, source, tag) for piece in pieces(target, MESSAGE_LIMIT_BYTES)]

@@ -35,7 +35,7 @@ class Communicator(Endpoint):
     """This rank among all of MPI's (a duplicate of COMM_WORLD, or of `mpi_comm`).
 
     device: where the tensors live; default: the GPU of this local rank, else the CPU. CUDA tensors travel
-    through pinned host memory, so any MPI will do.
+    through pinned host memory, so any MPI will do; with staged=True CPU tensors do so too (for tests).
     timeout: seconds after which a wait is an error that names rank, peer, step and operation.
     An exception that nothing catches on one rank ends the whole job: the others would wait for that rank.
     Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined.
@@ -47,7 +47,7 @@ class Communicator(Endpoint):
         *,
         timeout: float = 300.0,
         device: torch.device | str | None = None,
-        staged: bool | None = None,
+        staged: bool = False,
     ):
         super().__init__(timeout)
         self._MPI = MPI = load_mpi()
@@ -64,22 +64,24 @@ class Communicator(Endpoint):
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             device = f"cuda:{self.local_rank % gpus}" if gpus else "cpu"
         self.device = torch.device(device)
-        self._staged = self.device.type != "cpu" if staged is None else staged
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else every rank opens a context on the first GPU
+        self._staged = staged
         self._posted: set[_Request] = set()  # in flight, with their memory
         atexit.register(self._finish)
         if self.size > 1:
             sys.excepthook = self._end_the_job
 
     def _isend(self, payload: Tensor, peer: int, tag: int) -> _Request:
-        host = self._host_copy(payload) if self._staged else payload.detach()
+        host = self._host_copy(payload) if self._is_staged(payload) else payload.detach()
         request = _Request(self._mpi.Isend(self._buffer(host), dest=peer, tag=tag), host)
         return self._remember(request)
 
     def _irecv(self, payload: Tensor, peer: int, tag: int) -> _Request:
-        host = self._host_like(payload) if self._staged else payload.detach()
-        request = _Request(
-            self._mpi.Irecv(self._buffer(host), source=peer, tag=tag), host, payload if self._staged else None
-        )
+        staged = self._is_staged(payload)
+        host = self._host_like(payload) if staged else payload.detach()
+        mpi = self._mpi.Irecv(self._buffer(host), source=peer, tag=tag)
+        request = _Request(mpi, host, payload.detach() if staged else None)
         return self._remember(request)
 
     def _done(self, requests: list[_Request]) -> bool:
@@ -118,6 +120,9 @@ class Communicator(Endpoint):
     def mpi(self) -> Any:
         """The underlying mpi4py communicator, for libraries that want one (parallel HDF5)."""
         return self._mpi
+
+    def _is_staged(self, payload: Tensor) -> bool:
+        return self._staged or payload.device.type != "cpu"
 
     def _buffer(self, host: Tensor) -> Any:
         """The memory of a CPU tensor as MPI bytes: MPI's own half-precision types are not to be trusted."""

@@ -87,5 +87,6 @@ def _scratch(comm: Endpoint, x: Tensor, length: int) -> Tensor:
     """A buffer kept from call to call: fresh memory would cost a page fault per 4 KiB every time."""
     kept = comm._scratch.get(x.dtype)
     if kept is None or kept.numel() < length or kept.device != x.device:
-        kept = comm._scratch[x.dtype] = torch.empty(length, dtype=x.dtype, device=x.device)
+        with torch.inference_mode(False):  # it outlives an evaluation that runs in that mode
+            kept = comm._scratch[x.dtype] = torch.empty(length, dtype=x.dtype, device=x.device)
     return kept[:length]

@@ -101,6 +101,8 @@ class SimulatedCommunicator(Endpoint):
                 if not waiting:
                     return False
                 message = waiting.popleft()
+                if not waiting:
+                    del self._world.mail[r.source, r.target, r.tag]
                 r.payload.copy_(message.payload)
                 r.delivered = message.delivered = True
                 self._world.activity += 1
@@ -174,6 +176,8 @@ def simulate(
         while running and ended.acquire(timeout=5.0):
             running -= 1
     finally:
+        for thread in threads if not running else ():
+            thread.join()  # its last tensors are freed only now
         torch.set_rng_state(caller)
     if world.failure is not None:
         raise world.failure
