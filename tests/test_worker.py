@@ -449,7 +449,7 @@ def thaws(comm: Endpoint) -> float:
         optimizer.zero_grad()
         model(torch.randn(3, 6)).square().mean().backward()
         worker.step()
-    return float(model.weight.abs().max())
+    return float(model.weight.detach().abs().max())
 
 
 @pytest.mark.parametrize("world", ["simulated-3"], indirect=True)
