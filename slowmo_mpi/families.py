@@ -361,9 +361,7 @@ def _factors(n: int, most: int) -> tuple[int, ...] | None:
     if n == 1:
         return ()
     found = [
-        (d, *rest)
-        for d in range(2, min(n, most) + 1)
-        if n % d == 0 and (rest := _factors(n // d, most)) is not None
+        (d, *rest) for d in range(2, min(n, most) + 1) if n % d == 0 and (rest := _factors(n // d, most)) is not None
     ]
     return min(found, key=len, default=None)
 

@@ -46,8 +46,7 @@ def draw(topology: Topology, path: str | Path) -> None:
     figure.suptitle(title, fontsize=16, color=INK, weight="bold")
     left_out = topology.period - shown
     above.suptitle(
-        f"a cycle of {_count(topology.period, 'step')}"
-        + (f", the last {left_out} not shown" if left_out else ""),
+        f"a cycle of {_count(topology.period, 'step')}" + (f", the last {left_out} not shown" if left_out else ""),
         fontsize=11,
         color=MUTED,
     )

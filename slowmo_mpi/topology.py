@@ -72,9 +72,7 @@ class Topology:
         for source, target, weight in edges:
             if not (0 <= source < n and 0 <= target < n):
                 far = source if not 0 <= source < n else target
-                raise self._fault(
-                    k, f"edge {source} -> {target} names rank {far}", f"Ranks are 0 to {n - 1} of {n}."
-                )
+                raise self._fault(k, f"edge {source} -> {target} names rank {far}", f"Ranks are 0 to {n - 1} of {n}.")
             if not 0 < weight < math.inf:
                 raise self._fault(
                     k,

@@ -240,7 +240,8 @@ def _introduction(
     graph = f" on {config.base.topology}" if gossip else ""
     outer = f"SlowMo tau {slow.tau}, alpha {slow.alpha:g}, beta {slow.beta:g}" if slow.tau else "no outer step"
     length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs of {shards.steps_per_epoch} steps"
-    where = f"{comm.size} rank{'s' if comm.size > 1 else ''}" + ("" if isinstance(comm, Communicator) else ", simulated")
+    simulated = "" if isinstance(comm, Communicator) else ", simulated"
+    where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
     return [
         f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
         f"{config.task.batch_size} x {comm.size} samples per step",

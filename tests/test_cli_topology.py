@@ -132,7 +132,5 @@ def test_every_help_has_an_example(command):
 def test_help_imports_no_numpy():
     heavy = ("numpy", "torch", "mpi4py", "h5py", "matplotlib")
     code = f"import sys, slowmo_mpi.cli.topology; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -19,9 +19,7 @@ SCRIPTS = [*sorted(p for p in (ROOT / "bin").iterdir() if p.is_file()), ROOT / "
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """The command's result, with `env` on top of an environment without choices for bin/setup."""
     base = {k: v for k, v in os.environ.items() if not k.startswith(("SLOWMO_", "HDF5_DIR", "PYTHON"))}
-    return subprocess.run(
-        command, env=base | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(command, env=base | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
 
 def executable(path: Path, text: str = "#!/bin/sh\nexit 0\n") -> Path:
@@ -208,9 +206,7 @@ def test_setup_without_a_python_says_what_to_type(checkout: Path) -> None:
         ([], {"SLOWMO_HDF5": "no"}, 1, "SLOWMO_HDF5=no is neither serial nor parallel"),
     ],
 )
-def test_setup_answers_wrong_usage(
-    checkout: Path, words: list[str], env: dict[str, str], code: int, says: str
-) -> None:
+def test_setup_answers_wrong_usage(checkout: Path, words: list[str], env: dict[str, str], code: int, says: str) -> None:
     result = run(checkout / "bin/setup", *words, **env)
     assert result.returncode == code
     assert says in result.stdout + result.stderr

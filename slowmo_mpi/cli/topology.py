@@ -53,8 +53,7 @@ def list_(as_json: bool) -> None:
                 "doc": family.doc,
                 "admits": family.admits,
                 "parameters": [
-                    {"name": p.name, "default": p.default, "doc": p.doc, "values": p.range}
-                    for p in family.parameters
+                    {"name": p.name, "default": p.default, "doc": p.doc, "values": p.range} for p in family.parameters
                 ],
             }
             for family in FAMILIES.values()

@@ -129,9 +129,7 @@ class Communicator(Endpoint):
         return [host.view(-1).view(torch.uint8).numpy(), self._MPI.BYTE]
 
     def _host_like(self, payload: Tensor) -> Tensor:
-        return torch.empty(
-            payload.shape, dtype=payload.dtype, pin_memory=payload.device.type == "cuda"
-        )
+        return torch.empty(payload.shape, dtype=payload.dtype, pin_memory=payload.device.type == "cuda")
 
     def _host_copy(self, payload: Tensor) -> Tensor:
         host = self._host_like(payload)

@@ -100,8 +100,7 @@ def _file(folder: Path, name: str) -> Path:
 def _hint(folder: Path) -> str:
     if str(folder) == DEBIAN_FOLDER:
         return (
-            "Type: apt-get install --reinstall dataset-fashion-mnist, "
-            "or set task.data to a folder with the four files."
+            "Type: apt-get install --reinstall dataset-fashion-mnist, or set task.data to a folder with the four files."
         )
     return (
         "Put the four files of Fashion-MNIST there, or leave task.data empty and type: "

@@ -24,9 +24,7 @@ class Shards:
 
     def __init__(self, samples: int, ranks: int, rank: int, batch_size: int, seed: int):
         if batch_size < 1:
-            raise UsageError(
-                f"task.batch_size = {batch_size} is not positive.", "Set task.batch_size to 1 or more."
-            )
+            raise UsageError(f"task.batch_size = {batch_size} is not positive.", "Set task.batch_size to 1 or more.")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks")
         self.samples, self.ranks, self.rank = samples, ranks, rank
