@@ -352,6 +352,8 @@ def test_a_signal_ends_all_ranks(
         starter = subprocess.Popen(
             command(start), env=environment, stdin=subprocess.DEVNULL, stderr=stderr,
             start_new_session=True,  # as a shell does, so that a Ctrl-C reaches the whole group
+            # A test run in the background of a script has SIGINT ignored, and its children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     said = Path("stderr")
     deadline = time.monotonic() + LIMIT_S
