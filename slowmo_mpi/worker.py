@@ -254,7 +254,7 @@ class SlowMo:
         for dtype in dict.fromkeys(t.dtype for _, t in named):
             tensors = [t for _, t in named if t.dtype == dtype]
             wide = torch.promote_types(dtype, torch.float32)
-            vector = torch.cat([t.detach().reshape(-1).to(self.comm.device, wide) for t in tensors])
+            vector = torch.cat([t.detach().reshape(-1).to(self.state.z[0].device, wide) for t in tensors])
             self.comm.all_reduce_(vector, what, divisor=self.comm.size)
             for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(mean.view(t.shape))
@@ -305,11 +305,6 @@ class SlowMo:
     # ---- the start ----
     def _check_alike(self, flat: FlatParameters) -> None:
         """That all ranks have the same model and the same settings."""
-        if flat.buffers[0].device != self.comm.device:
-            raise SlowmoError(
-                f"The model is on {flat.buffers[0].device}, this rank's device is {self.comm.device}.",
-                "Type model.to(comm.device) first, or Communicator(device=...).",
-            )
         others = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
         buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
         settings = {

@@ -119,7 +119,7 @@ def serve(address: str) -> None:
     from slowmo_mpi import Communicator
 
     torch.set_num_threads(1)
-    comm = Communicator(timeout=WAIT_S)
+    comm = Communicator(timeout=WAIT_S, device="cpu")
     with Client(address, "AF_UNIX") as connection:
         connection.send(comm.rank)
         while True:
