@@ -58,44 +58,12 @@ class SlowMo:
         gamma: str = "mean",
         sharded: bool = False,
     ):
-        for name, value, known in (
-            ("buffers", buffers, ("reset", "maintain", "average")),
-            ("average", average, ("exact", "none")),
-            ("gamma", gamma, ("mean", "last")),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")
-        if tau != int(tau) or tau < 0 or not 0 <= alpha < math.inf or not 0 <= beta < 1:
-            raise UsageError(
-                f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
-                "tau is a whole number >= 0, alpha >= 0, 0 <= beta < 1.",
-            )
-        if sharded and average == "none":
-            raise UsageError(
-                "Without averaging every worker has its own slow state; it cannot be sharded.",
-                "Use sharded=False.",
-            )
-        if any("lr" not in g for g in optimizer.param_groups):
-            raise UsageError(
-                f"{type(optimizer).__name__} has a parameter group without a learning rate.",
-                'SlowMo needs gamma: use an optimizer whose groups have "lr".',
-            )
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.tau, self.alpha, self.beta = tau, alpha, beta
         self.buffers, self.average, self.gamma = buffers, average, gamma
-        self.sharded = sharded and comm.size > 1
+        self.sharded = sharded
         self.base = base.bind(comm.size)
-        apart = not base.communicates and (tau == 0 or average == "none")
-        if apart and comm.size > 1:
-            raise UsageError(
-                f"{type(base).__name__} without an exact average never meets the other workers.",
-                'Set tau >= 1 and average="exact".',
-            )
-        if base.communicates and tau > 1 and average == "exact" and not base.exchanges(tau):
-            raise UsageError(
-                f"{base} exchanges nothing in a round of tau = {tau} steps: each exchange would end at its average.",
-                "Choose a delay below tau, or Local().",
-            )
+        self._check_settings()
 
         flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
         self._check_alike(flat)
@@ -303,6 +271,43 @@ class SlowMo:
         return math.sqrt(math.fsum(self.comm.gather(square)) / self.comm.size)
 
     # ---- the start ----
+    def _check_settings(self) -> None:
+        """Refuse what cannot work. Raises: UsageError."""
+        for name, value, known in (
+            ("buffers", self.buffers, ("reset", "maintain", "average")),
+            ("average", self.average, ("exact", "none")),
+            ("gamma", self.gamma, ("mean", "last")),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")
+        tau, alpha, beta = self.tau, self.alpha, self.beta
+        if tau != int(tau) or tau < 0 or not 0 <= alpha < math.inf or not 0 <= beta < 1:
+            raise UsageError(
+                f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
+                "tau is a whole number >= 0, alpha >= 0, 0 <= beta < 1.",
+            )
+        if self.sharded and self.average == "none":
+            raise UsageError(
+                "Without averaging every worker has its own slow state; it cannot be sharded.",
+                "Use sharded=False.",
+            )
+        if any("lr" not in g for g in self.optimizer.param_groups):
+            raise UsageError(
+                f"{type(self.optimizer).__name__} has a parameter group without a learning rate.",
+                'SlowMo needs gamma: use an optimizer whose groups have "lr".',
+            )
+        apart = not self.base.communicates and (tau == 0 or self.average == "none")
+        if apart and self.comm.size > 1:
+            raise UsageError(
+                f"{type(self.base).__name__} without an exact average never meets the other workers.",
+                'Set tau >= 1 and average="exact".',
+            )
+        if self.base.communicates and tau > 1 and self.average == "exact" and not self.base.exchanges(tau):
+            raise UsageError(
+                f"{type(self.base).__name__} with this delay exchanges nothing in a round of tau = {tau} steps.",
+                "Choose a delay below tau, or Local().",
+            )
+
     def _check_alike(self, flat: FlatParameters) -> None:
         """That all ranks have the same model and the same settings."""
         others = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
