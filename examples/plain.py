@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: digits, an MLP, SGD. library.py is this file after five lines were changed.
+"""A plain PyTorch loop: digits, an MLP, SGD. library.py is this file after a few lines were changed.
 
     python examples/plain.py
 """

@@ -23,7 +23,7 @@ from .comm.core import Endpoint
 from .errors import UsageError
 from .flat import Packet
 from .state import Flight, State
-from .topology import Topology, load
+from .topology import Topology, load, require_symmetric
 
 Update = Callable[[float], None]  # the optimizer's step, with its learning rates times the argument
 
@@ -123,11 +123,7 @@ class DPSGD(_Gossip):
 
     def bind(self, ranks: int) -> DPSGD:
         bound = super().bind(ranks)
-        if not bound.graph.symmetric:
-            raise UsageError(
-                f"D-PSGD needs a symmetric graph; {bound.graph.name} is directed.",
-                "Choose ring-bidirectional, torus, hypercube, base or complete, or the algorithm sgp.",
-            )
+        require_symmetric(bound.graph)
         assert isinstance(bound, DPSGD)
         return bound
 

@@ -82,7 +82,7 @@ class Base:
 class Slow:
     tau: int = key(48, "inner steps per round; 0: no outer step, the base algorithm alone", at_least=0)
     alpha: float = key(1.0, "slow learning rate", at_least=0)
-    beta: float = key(0.6, "slow momentum, 0 <= beta < 1", at_least=0)
+    beta: float = key(0.6, "slow momentum, 0 <= beta < 1; 0.2 suits 4 workers, 0.6 suits 16 and more", at_least=0)
     buffers: str = key("reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average"))
     average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
     gamma: str = key("mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last"))
@@ -112,11 +112,14 @@ class Config:
         """
         run, slow, base, opt = self.run, self.slowmo, self.base, self.optimizer
         if (run.epochs > 0) == (run.steps > 0):
-            both = "both" if run.epochs else "neither"
+            both = "both are" if run.epochs else "neither is"
+            hint = "Add --set run.epochs=0 or --set run.steps=0." if run.epochs else "Type --set run.epochs=3."
             raise UsageError(
-                f"The length of training is given by run.epochs or run.steps; {both} of them is set.",
-                "Type --set run.epochs=3 (and leave run.steps out).",
+                f"The length of training is given by run.epochs or run.steps; {both} set.",
+                hint,
             )
+        if "/" in run.name or not run.name:
+            raise UsageError(f'run.name = "{run.name}" cannot name a folder.', "Type --set run.name=NAME, without a /.")
         if slow.beta >= 1:
             raise UsageError(
                 f"slowmo.beta = {slow.beta:g} makes the slow momentum grow without bound.",

@@ -71,7 +71,7 @@ def _ranks(comm: Any) -> tuple[str, str]:
     cores = len(os.sched_getaffinity(0))
     names = sorted(set(hosts))
     shown = ", ".join(f"{hosts.count(h)} on {h}" for h in names[:8]) + (" ..." if len(names) > 8 else "")
-    found = f"{comm.size} joined: {shown}; {cores} cores for each rank to run on"
+    found = f"{comm.size} joined: {shown}; each may run on {cores} core{'s' if cores > 1 else ''}"
     if comm.local_size > (os.cpu_count() or 1):
         return WARNING, f"{found}; more ranks than cores, so they take turns"
     return OK, found
@@ -139,7 +139,7 @@ def _hdf5(comm: Any) -> tuple[str, str]:
         if faults:
             return FAULT, faults[0]
         if not all(parallel for _, parallel, _ in everybody):
-            return WARNING, f"h5py {h5py.__version__} is serial: checkpoints will be one file per rank"
+            return WARNING, f"h5py {h5py.__version__} is serial: ranks cannot write one file together"
         path = str(Path(folder) / "probe.h5")
         with h5py.File(path, "w", driver="mpio", comm=comm.mpi) as file:
             data = file.create_dataset("x", (comm.size, 1000), dtype="f4")

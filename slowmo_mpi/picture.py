@@ -32,7 +32,7 @@ def draw(topology: Topology, path: str | Path) -> None:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise SlowmoError(
-            "Drawing needs matplotlib, which is not installed.", 'Type pip install "slowmo-mpi[plot]".'
+            "Drawing needs matplotlib, which is not installed.", "Type `pip install matplotlib`."
         ) from None
     shown = min(topology.period, PANELS)
     rows = math.ceil(shown / COLUMNS)

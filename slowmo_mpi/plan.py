@@ -12,7 +12,7 @@ import torch
 from . import optim, tasks
 from .config import Config
 from .flat import FlatParameters
-from .topology import Topology, load
+from .topology import Topology, load, require_symmetric
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def plan(config: Config, ranks: int) -> Plan:
     graph = None
     if config.base.algorithm in ("dpsgd", "sgp", "osgp"):
         graph = load(config.base.topology, ranks)
+    if graph and config.base.algorithm == "dpsgd":
+        require_symmetric(graph)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         context = tasks.Context(0, ranks, config.run.seed, config.task.data)

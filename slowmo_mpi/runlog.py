@@ -128,6 +128,6 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError:
         raise SlowmoError(
             "run.tensorboard = true needs the package tensorboard, which is not installed.",
-            "Type `pip install 'slowmo-mpi[tensorboard]'`, or --set run.tensorboard=false.",
+            "Type `pip install tensorboard`, or --set run.tensorboard=false.",
         ) from None
     return SummaryWriter(str(folder))

@@ -324,6 +324,15 @@ def _with_self(step: Iterable[tuple[int, int, float]], ranks: int) -> tuple[Edge
     return tuple(edges)
 
 
+def require_symmetric(graph: Topology) -> None:
+    """Refuse a graph that D-PSGD cannot use. Raises: UsageError."""
+    if not graph.symmetric:
+        raise UsageError(
+            f"D-PSGD needs a symmetric graph; {graph.name} is directed.",
+            "Choose ring-bidirectional, torus, hypercube, base or complete, or the algorithm sgp.",
+        )
+
+
 def own_folder() -> Path:
     """The project's own graphs: topologies/ of a checkout, or share/slowmo-mpi/topologies when installed."""
     checkout = Path(__file__).resolve().parent.parent / "topologies"

@@ -194,7 +194,7 @@ def set_threads(wanted: int, comm: Endpoint) -> int:
     the launcher bound to the same cores share those.
     """
     mine = (comm.host, tuple(sorted(os.sched_getaffinity(0))))
-    sharers = comm.gather(mine).count(mine) if isinstance(comm, Communicator) else 1  # simulated ranks take turns
+    sharers = comm.gather(mine).count(mine)  # simulated ranks take turns, but as many threads give the same bits
     if not wanted and not os.environ.get("OMP_NUM_THREADS", "").isdigit():
         wanted = max(1, len(mine[1]) // sharers)
     if wanted:
@@ -240,11 +240,13 @@ def _introduction(
     graph = f" on {config.base.topology}" if gossip else ""
     outer = f"SlowMo tau {slow.tau}, alpha {slow.alpha:g}, beta {slow.beta:g}" if slow.tau else "no outer step"
     length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs of {shards.steps_per_epoch} steps"
+    total = run.steps or run.epochs * shards.steps_per_epoch
+    never = f"; tau exceeds the run's {total} steps, so there is no outer step" if slow.tau > total else ""
     simulated = "" if isinstance(comm, Communicator) else ", simulated"
     where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
     return [
         f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
         f"{config.task.batch_size} x {comm.size} samples per step",
-        f"{config.base.algorithm}{graph}, {config.optimizer.name} lr {config.optimizer.lr:g}, {outer}",
+        f"{config.base.algorithm}{graph}, {config.optimizer.name} lr {config.optimizer.lr:g}, {outer}{never}",
         f"{where} on {comm.device.type}, {threads} thread{'s' if threads > 1 else ''} each; run folder {folder}",
     ]

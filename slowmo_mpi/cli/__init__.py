@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SlowmoError as error:
         code = error.exit_code
         fail_together(code, partial(say, error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = USAGE
     except click.UsageError as error:
         code = USAGE
         context = error.ctx.command_path if error.ctx else "slowmo"

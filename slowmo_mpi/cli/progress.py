@@ -46,7 +46,8 @@ class Progress:
         )
         if record["kind"] == "eval":
             metrics += "  " if metrics else ""
-            line = f"  test after epoch {record['epoch']:.2f}  {metrics}consensus {record['consensus']:.3g}"
+            tested = "test after" if metrics else "after"
+            line = f"  {tested} epoch {record['epoch']:.2f}  {metrics}consensus {record['consensus']:.3g}"
             self._line(line)
             return
         rates = (

@@ -62,7 +62,9 @@ def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: 
     if settings.base.algorithm in ("dpsgd", "sgp", "osgp"):
         from .. import topology
 
-        topology.load(settings.base.topology, ranks or simulate or (claim.size if claim else 1))
+        graph = topology.load(settings.base.topology, ranks or simulate or (claim.size if claim else 1))
+        if settings.base.algorithm == "dpsgd":
+            topology.require_symmetric(graph)
     if ranks:
         from ..launch import run
 

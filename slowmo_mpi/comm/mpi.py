@@ -89,7 +89,8 @@ class Communicator(Endpoint):
             done = self._MPI.Request.Testall([r.mpi for r in requests])
         except self._MPI.Exception as error:
             raise SlowmoError(
-                f"MPI failed on rank {self.rank} at step {self.step}: {error}.", "Another rank is probably dead."
+                f"MPI failed on rank {self.rank} at step {self.step}: {error}.",
+                "A rank is dead or out of step: did all call worker.step() equally often?",
             ) from None
         if done:
             self._posted.difference_update(requests)
