@@ -178,7 +178,9 @@ class _Stderr:
     CRASH = re.compile(rb"\[[\w.-]+:\d+\] (\*\*\* (Process rec|End of err)|Signal|Failing at|\[ ?\d+\])")
     MPI = re.compile(rb"\[[\w.-]+:\d+\] |Abort\(\d+\) on node")  # a line that MPI itself printed
     BAR = re.compile(rb" *\d+%\|")
-    ENDED = re.compile(r"MPI_ABORT was invoked|exited|exiting|non-zero status|calling \"abort\"|not enough slots")
+    ENDED = re.compile(
+        r"MPI_ABORT was invoked|exited|exiting|non-zero (status|exit code)|calling \"abort\"|not enough slots"
+    )
 
     def __init__(self) -> None:
         self.banners = ""

@@ -414,6 +414,7 @@ def test_an_end_that_is_not_understood_is_passed_on() -> None:
     [
         ("a\nb", "a\nb\n", False),
         ("\0slowmo: it is wrong\n\0", "slowmo: it is wrong\n", True),
+        (BANNER.format("Primary job  terminated normally, but 1 process returned\na non-zero exit code."), "", False),
         (BANNER.format("WARNING: a library is old"), BANNER.format("WARNING: a library is old"), False),
         ("-" * 74 + "\na user's table\n", "-" * 74 + "\na user's table\n", False),
         ("-" * 30 + "\na user's table\n", "-" * 30 + "\na user's table\n", False),
