@@ -12,7 +12,7 @@ import torch
 from . import optim, tasks
 from .config import Config
 from .flat import FlatParameters
-from .topology import Topology, load, require_symmetric
+from .topology import Topology, for_algorithm
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ class Plan:
 
 def plan(config: Config, ranks: int) -> Plan:
     """Build the model and one optimizer step's state, count everything. Raises: UsageError as `train` would."""
-    graph = None
-    if config.base.algorithm in ("dpsgd", "sgp", "osgp"):
-        graph = load(config.base.topology, ranks)
-    if graph and config.base.algorithm == "dpsgd":
-        require_symmetric(graph)
+    graph = for_algorithm(config.base.algorithm, config.base.topology, ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         context = tasks.Context(0, ranks, config.run.seed, config.task.data)

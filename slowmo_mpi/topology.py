@@ -333,6 +333,20 @@ def require_symmetric(graph: Topology) -> None:
         )
 
 
+GOSSIP = {"dpsgd": True, "sgp": False, "osgp": False}
+"""The algorithms that use a graph, and whether it must be symmetric."""
+
+
+def for_algorithm(algorithm: str, spec: str, ranks: int) -> Topology | None:
+    """The graph that `algorithm` will use, None for one that uses none. Raises: UsageError where it cannot be used."""
+    if algorithm not in GOSSIP:
+        return None
+    graph = load(spec, ranks)
+    if GOSSIP[algorithm]:
+        require_symmetric(graph)
+    return graph
+
+
 def own_folder() -> Path:
     """The project's own graphs: topologies/ of a checkout, or share/slowmo-mpi/topologies when installed."""
     checkout = Path(__file__).resolve().parent.parent / "topologies"

@@ -59,12 +59,10 @@ def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: 
         )
     # What can be known to be wrong is refused before MPI starts, where one process can speak for all.
     settings = configuration.load(config, overrides)
-    if settings.base.algorithm in ("dpsgd", "sgp", "osgp"):
-        from .. import topology
+    from ..topology import for_algorithm
 
-        graph = topology.load(settings.base.topology, ranks or simulate or (claim.size if claim else 1))
-        if settings.base.algorithm == "dpsgd":
-            topology.require_symmetric(graph)
+    size = ranks or simulate or (claim.size if claim else 1)
+    for_algorithm(settings.base.algorithm, settings.base.topology, size)
     if ranks:
         from ..launch import run
 
