@@ -21,8 +21,10 @@ setup(
         "h5py>=3.10",
         "mpi4py>=4.0",
         "numpy>=1.26",
+        "safetensors>=0.4",
         "torch>=2.2",
         "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
         "digits": ["scikit-learn>=1.3"],

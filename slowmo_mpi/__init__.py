@@ -20,6 +20,7 @@ _HOME = {
     "SGP": "slowmo_mpi.bases",
     "OSGP": "slowmo_mpi.bases",
     "SlowMo": "slowmo_mpi.worker",
+    "Checkpoints": "slowmo_mpi.checkpoints",
     "SlowmoError": "slowmo_mpi.errors",
     "Topology": "slowmo_mpi.topology",
 }

@@ -13,11 +13,12 @@ Invariants: the weights, in flight included, sum to m; so do the numerators to t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from .comm.core import Endpoint
 from .errors import UsageError
@@ -50,6 +51,12 @@ class Base(ABC):
 
     def drain(self, s: State, comm: Endpoint) -> None:
         """Take in everything in flight."""
+
+    def post_again(
+        self, s: State, comm: Endpoint, phase: int, age: int, sent: float, weight: float, vectors: Sequence[Tensor]
+    ) -> None:
+        """Send again, after a resume, what was in flight when the state was saved. Changes neither w nor phase."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing in flight")
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,21 @@ class _Gossip(Base):
 
     def _post(self, s: State, comm: Endpoint) -> Flight:
         """Send a snapshot of z and w to this step's peers."""
-        to = [peer for peer, _ in self.graph.sends(s.phase, comm.rank)]
-        sources = [peer for peer, _ in self.graph.receives(s.phase, comm.rank)]
-        packet = s.packet()
-        packet.fill(s.z, s.w)
-        exchange = comm.exchange(packet.bytes, to, sources, [s.packet().bytes for _ in sources])
-        s.in_flight = Flight(exchange, packet, phase=s.phase)
+        s.in_flight = self._sent(s, comm, s.phase, s.z, s.w)
         s.phase += 1
         return s.in_flight
+
+    def post_again(
+        self, s: State, comm: Endpoint, phase: int, age: int, sent: float, weight: float, vectors: Sequence[Tensor]
+    ) -> None:
+        s.in_flight = replace(self._sent(s, comm, phase, vectors, weight), sent=sent, age=age)
+
+    def _sent(self, s: State, comm: Endpoint, phase: int, vectors: Sequence[Tensor], weight: float) -> Flight:
+        to = [peer for peer, _ in self.graph.sends(phase, comm.rank)]
+        sources = [peer for peer, _ in self.graph.receives(phase, comm.rank)]
+        packet = s.packet()
+        packet.fill(vectors, weight)
+        return Flight(comm.exchange(packet.bytes, to, sources, [s.packet().bytes for _ in sources]), packet, phase)
 
     def _arrived(self, s: State, comm: Endpoint) -> Iterator[tuple[Packet, float]]:
         """Wait for the exchange in flight: the packets that came, with the p of their edges."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bases import Base
+from .checkpoint.store import Store, newest
 from .comm import Endpoint
 from .errors import SlowmoError, UsageError
 from .flat import FlatParameters
+from .saved import describe, load, pack_all, restore, state_of
 from .slowmo import Slow, outer_step
 from .state import State
 
@@ -63,6 +67,7 @@ class SlowMo:
         self.buffers, self.average, self.gamma = buffers, average, gamma
         self.sharded = sharded
         self.base = base.bind(comm.size)
+        self._store: Store | None = None
         self._check_settings()
 
         flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
@@ -78,7 +83,7 @@ class SlowMo:
         self.state.last_rates = [0.0] * len(groups)
         self.state.peak_rates = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
         if tau:
-            self.state.slow = [Slow.start(z[self._mine(z)]) for z in self.state.z]
+            self.state.slow = [Slow.start(z[self.share_of(z)]) for z in self.state.z]
 
     # ---- inner steps ----
     @torch.no_grad()
@@ -87,7 +92,7 @@ class SlowMo:
         s = self.state
         self.comm.step = s.step
         s.flat.check([g["params"] for g in self.optimizer.param_groups])
-        self._begin()
+        self.post()
         s.last_rates = [float(g["lr"]) for g in self.optimizer.param_groups]
         s.peak_rates = list(map(max, s.peak_rates, s.last_rates))
         s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
@@ -95,14 +100,14 @@ class SlowMo:
         s.step += 1
         if self.tau and s.step % self.tau == 0:
             self._outer_step()
-        self._begin()
+        self.post()
 
     @torch.no_grad()
     def drain(self) -> None:
         """Take in everything in flight; call it after the last step, and before you use this worker's own weights."""
         self.base.drain(self.state, self.comm)
 
-    def _begin(self) -> None:
+    def post(self) -> None:
         """Post what travels while the next gradient is computed, once per step."""
         s = self.state
         if s.begun < s.step:
@@ -124,6 +129,44 @@ class SlowMo:
         for g, rate in zip(groups, rates, strict=True):
             g["lr"] = rate
 
+    # ---- checkpoints ----
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that moves this rank's trajectory, as a tree of numbers and tensors (saved.py says what).
+
+        Call it between `step()` and the next `backward()`. The tensors are the worker's own, as in torch: copy what
+        is to outlast the next step.
+        """
+        return state_of(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken, bit for bit, torch's random streams included; on all ranks together.
+
+        Raises: SlowmoError where the tree is of another model or has no slow state.
+        """
+        restore(self, tree)
+
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint, on all ranks together; on return it is on the disk, whole, under its name.
+
+        extra: what else your loop needs to go on: numbers, text, tensors, and lists and dictionaries of them.
+        `Checkpoints` keeps several of them, and writes beside the training.
+        Raises: SlowmoError on all ranks; what was at `path` before is then as it was.
+        """
+        store = self._store = self._store or Store(self.comm, asynchronous=False)
+        attributes, tables = describe(self, store.layout, "")
+        store.save(Path(path), pack_all(self, extra), attributes, tables)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint, or from the newest in a folder; on all ranks together. Returns its `extra`.
+
+        As many ranks as wrote it go on bit for bit, random streams included. Another number of them goes on from a
+        round's boundary; saved.for_rank says what is averaged and reset.
+        Raises: SlowmoError where it is damaged, of another model, or of another number of ranks in mid-round.
+        """
+        with newest(Path(path), self.comm) as checkpoint:
+            return load(self, checkpoint)
+
     # ---- the outer step ----
     def _outer_step(self) -> None:
         s = self.state
@@ -133,7 +176,7 @@ class SlowMo:
             self._average_statistics()
         for z, slow, spans in zip(s.z, s.slow, s.flat.spans, strict=True):
             xbar = z if z.dtype == slow.x0.dtype else z.to(slow.x0.dtype)
-            mine = self._mine(z)
+            mine = self.share_of(z)
             if self.average == "exact":  # line 6
                 xbar.mul_(s.w / self.comm.size)
                 if self.sharded:
@@ -155,7 +198,7 @@ class SlowMo:
         s.rate_sums = [0.0] * len(s.rate_sums)
         self._renew_optimizer_state()
 
-    def _mine(self, vector: Tensor) -> slice:
+    def share_of(self, vector: Tensor) -> slice:
         """The part of a flat vector whose slow state this rank keeps."""
         return self.comm.shard(vector.numel()) if self.sharded else slice(0, vector.numel())
 
@@ -200,7 +243,7 @@ class SlowMo:
             self._average_tensors(named, "optimizer buffers", hint)
 
     # ---- batch-norm buffers, evaluation, measures ----
-    def _statistics(self) -> list[tuple[str, Tensor]]:
+    def statistics(self) -> list[tuple[str, Tensor]]:
         """Batch-norm's running means and variances (other buffers may be masks or caches, which have no average)."""
         return [
             (f"{name}.{key}", buffer)
@@ -228,7 +271,7 @@ class SlowMo:
                 t.copy_(mean.view(t.shape))
 
     def _average_statistics(self) -> None:
-        if statistics := self._statistics():
+        if statistics := self.statistics():
             self._average_tensors(statistics, "batch-norm buffers", "Build the same model on every rank.")
 
     @contextmanager
@@ -240,7 +283,7 @@ class SlowMo:
         with torch.no_grad():
             s = self.state
             parameters = [z.clone() for z in s.z]
-            statistics = [(b, b.clone()) for _, b in self._statistics()]
+            statistics = [(b, b.clone()) for _, b in self.statistics()]
             for i, z in enumerate(s.z):
                 xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
                 if s.in_flight is not None and s.in_flight.sent:

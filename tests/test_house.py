@@ -25,16 +25,17 @@ STOREYS = [
     ["__main__", "reference"],
     ["cli"],
     ["train", "plan", "doctor", "presets", "picture"],
-    ["worker", "runlog", "optim", "launch", "tasks"],
-    ["bases"],
-    ["state"],
+    ["checkpoints", "runlog", "optim", "launch", "tasks"],
+    ["worker"],
+    ["bases", "saved"],
+    ["state", "checkpoint"],
     ["comm"],
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
     ["errors", "__init__"],
 ]
-HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"doctor.py"}}
+HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"checkpoint/hdf5.py", "doctor.py"}}
 
 
 def storey(module: str) -> int:

@@ -95,6 +95,10 @@ class Endpoint(ABC):
     def abort(self, code: int) -> None:
         """End the whole job at once."""
 
+    def duplicate(self, timeout: float) -> Endpoint:
+        """The same ranks with a communication of their own, for a thread; collective."""
+        return self
+
     # ---- point to point ----
     def exchange(
         self,

@@ -39,14 +39,17 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return None
 
 
-def load_mpi() -> Any:
-    """mpi4py's MPI. The first call starts MPI, and returns when every rank has called it.
+def load_mpi(start: bool = True) -> Any:
+    """mpi4py's MPI. The first call starts MPI, and returns when every rank has called it; not with start=False.
 
     Raises: SlowmoError where MPI cannot be loaded.
     """
     # Another MPI's launcher is told by us, once, with what to type.
     warnings.filterwarnings("ignore", "suspicious MPI execution environment")
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize = start  # no effect once it is imported
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise SlowmoError(

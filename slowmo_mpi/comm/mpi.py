@@ -117,6 +117,14 @@ class Communicator(Endpoint):
     def abort(self, code: int) -> None:
         self._mpi.Abort(code)
 
+    def duplicate(self, timeout: float) -> Communicator:
+        return Communicator(self._mpi, timeout=timeout, device=self.device)
+
+    @property
+    def allows_threads(self) -> bool:
+        """Whether several threads may use MPI at a time."""
+        return bool(self._MPI.Query_thread() == self._MPI.THREAD_MULTIPLE)
+
     @property
     def mpi(self) -> Any:
         """The underlying mpi4py communicator, for libraries that want one (parallel HDF5)."""

@@ -1,0 +1,78 @@
+"""The checkpoints of a run: a folder of which the newest whole file is where the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import saved
+from .checkpoint.read import step_of
+from .checkpoint.store import Store, newest
+from .checkpoint.write import leftovers, remove
+from .worker import SlowMo
+
+
+class Checkpoints:
+    """Files step-00001234.h5 in a folder; made and used on all ranks together.
+
+    keep: the newest so many stay; keep_every: and those of steps that are multiples of it (0: none).
+    layout: "parallel" (one file), "shards" (one per rank, and one that shows them as one), "auto".
+    asynchronous: the state is copied, and written while training goes on; one at a time, so that a disk slower
+    than the period holds the training up instead of filling the memory. `store.chosen` says what was chosen.
+    config: text that is kept in each file.
+    """
+
+    def __init__(
+        self,
+        worker: SlowMo,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        layout: str = "auto",
+        asynchronous: bool = True,
+        config: str = "",
+    ):
+        self.worker, self.folder = worker, Path(folder)
+        self.keep, self.keep_every, self.config = keep, keep_every, config
+        self.store = Store(worker.comm, layout, asynchronous)
+        if worker.comm.rank == 0:
+            for rubbish in leftovers(self.folder):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(rubbish) if rubbish.is_dir() else rubbish.unlink()
+        worker.comm.barrier()
+
+    def save(self, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write the state as it is now, after the one before is on the disk. Raises: SlowmoError, on all ranks.
+
+        extra: as in `SlowMo.save`. Asynchronous: what goes wrong is raised by the next `save`, `poll` or `wait`.
+        """
+        path = self.folder / f"step-{self.worker.state.step:08}.h5"
+        attributes, tables = saved.describe(self.worker, self.store.layout, self.config)
+        self.store.save(path, saved.pack_all(self.worker, extra), attributes, tables, self._prune)
+        return path
+
+    def load(self, place: str | Path | None = None, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+        """Go on from the newest whole checkpoint of this folder, or from `place` (a file or folder); its `extra`.
+
+        note: told on rank 0 of damaged ones that are passed over. Raises: SlowmoError, on all ranks.
+        """
+        with newest(Path(place or self.folder), self.worker.comm, note) as checkpoint:
+            return saved.load(self.worker, checkpoint)
+
+    def poll(self) -> bool:
+        """Whether nothing is being written. Raises what went wrong since the last call."""
+        return self.store.poll()
+
+    def wait(self) -> None:
+        """Until everything is on the disk. Raises what went wrong."""
+        self.store.wait()
+
+    def _prune(self) -> None:
+        for path in sorted(self.folder.glob("step-*.h5"), key=step_of)[: -self.keep]:
+            if not (self.keep_every and step_of(path) % self.keep_every == 0):
+                with contextlib.suppress(OSError):
+                    remove(path)

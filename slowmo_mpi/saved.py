@@ -1,0 +1,280 @@
+"""A worker's state as a tree of numbers and tensors, and back: everything that moves the trajectory.
+
+    step round phase begun w rate_sums last_rates peak_rates      numbers, as in `State`
+    z                {dtype: (d,)}                                the de-biased parameters
+    anchor, u        {dtype: this rank's 1/m of (d,)}             the slow state; all of it without exact average
+    in_flight        phase, age, sent, weight                     an exchange that is some steps old, and the packet
+    packet           {dtype: (d,)}                                that was sent (it is posted again on resume)
+    optimizer        state by parameter, groups                   buffers, step counts, rates
+    buffers, frozen  {name: tensor}                               of the model
+    rng              torch's, CUDA's of the rank's device, numpy's global one, Python's
+
+An exchange that was posted since the last step has changed nothing yet but w and phase: it is told as not yet posted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint.read import Checkpoint
+from .checkpoint.store import attributes_of
+from .checkpoint.tree import Packed, Share, pack
+from .comm import Endpoint
+from .errors import SlowmoError
+from .flat import FlatParameters
+
+if TYPE_CHECKING:
+    from .worker import SlowMo
+
+NUMBERS = ("step", "round", "phase", "begun", "w", "rate_sums", "last_rates", "peak_rates")
+
+
+def state_of(worker: SlowMo) -> dict[str, Any]:
+    """The tree. Its tensors are the worker's own, not copies."""
+    s = worker.state
+    tree: dict[str, Any] = {name: getattr(s, name) for name in NUMBERS}
+    tree["model"] = s.flat.fingerprint()
+    tree["z"] = by_type(s.flat, s.z)
+    for key, vectors in (("anchor", [x.x0 for x in s.slow]), ("u", [x.u for x in s.slow])):
+        tree[key] = by_type(s.flat, [_share(worker, v, z.numel()) for v, z in zip(vectors, s.z, strict=False)])
+    tree["in_flight"] = None
+    if flight := s.in_flight:
+        if flight.age == 0:
+            tree |= {"w": flight.packet.weight, "phase": flight.phase, "begun": s.step - 1}
+        else:
+            tree["in_flight"] = {
+                "phase": flight.phase, "age": flight.age, "sent": flight.sent, "weight": flight.packet.weight,
+            }  # fmt: skip
+            tree["packet"] = by_type(s.flat, flight.packet.vectors)
+    names: dict[Any, str] = {p: name for name, p in worker.model.named_parameters()}
+    tree["optimizer"] = {
+        "state": {names[p]: dict(state) for p, state in worker.optimizer.state.items()},
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in worker.optimizer.param_groups],
+    }
+    tree["buffers"] = dict(worker.model.named_buffers())
+    tree["frozen"] = frozen(worker)
+    tree["rng"] = _random_state(worker.comm.device)
+    return tree
+
+
+def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
+    """Put a worker where the tree says. On all ranks together: messages in flight are posted again.
+
+    Raises: SlowmoError where the tree is another model's.
+    """
+    s = worker.state
+    if tree["model"] != s.flat.fingerprint():
+        raise SlowmoError(
+            "The state to load is of another model: its parameters differ in name, order, shape or optimizer group.",
+            "Build the model and the optimizer as they were when it was saved.",
+        )
+    if s.in_flight is not None:  # of the life that ends here
+        s.in_flight.exchange.wait()
+        s.in_flight = None
+    for name in NUMBERS:
+        setattr(s, name, tree[name])
+    for z, saved in zip(s.z, tree["z"].values(), strict=True):
+        z.copy_(saved)
+    for key in ("anchor", "u"):
+        mine = [x.x0 if key == "anchor" else x.u for x in s.slow]
+        if len(tree[key]) != len(mine):
+            raise SlowmoError(
+                f"The state to load has {'a' if tree[key] else 'no'} slow state, and this worker has "
+                f"{'one' if mine else 'none'}.",
+                "Give tau as it was when it was saved (tau = 0 has no slow state).",
+            )
+        for vector, z, saved in zip(mine, s.z, tree[key].values(), strict=True):
+            if isinstance(saved, Share):  # of `state_dict`, on every rank its own part
+                whole = vector.new_empty(saved.total)
+                whole[saved.here] = saved.part
+                saved = worker.comm.all_gather_(whole, "slow state")
+            vector.copy_(saved[worker.share_of(z)])
+    _restore_optimizer(worker, tree["optimizer"])
+    for name, tensors in (("buffers", dict(worker.model.named_buffers())), ("frozen", frozen(worker))):
+        _copy_into(name, tensors, tree[name])
+    if tree["rng"] is not None:
+        _set_random_state(tree["rng"], worker.comm.device)
+    if tree["in_flight"]:
+        worker.base.post_again(s, worker.comm, **tree["in_flight"], vectors=list(tree["packet"].values()))
+    elif s.step > 0:
+        worker.post()
+
+
+def for_rank(checkpoint: Checkpoint, comm: Endpoint) -> dict[str, Any]:
+    """The tree of this rank, of a checkpoint of as many ranks or, at a round's boundary, of another number of them.
+
+    On another number: z is the workers' average sum(w z) / m, messages in flight included (at a boundary all are
+    equal); slow state as it is (without exact average: the mean); the optimizer's floating-point buffers are the mean
+    over workers where all have the same ones. Everything else rank i has from the old rank i mod m; push-sum weights
+    are 1; random streams are not restored (rng is None). Averages are taken in float64, on all ranks together.
+    """
+    ranks = checkpoint.ranks
+    if ranks == comm.size:
+        return checkpoint.tree(comm.rank)
+    told = [json.loads(checkpoint.text(r)) for r in range(ranks)]
+    same_optimizer = all(t["optimizer"]["state"] == told[0]["optimizer"]["state"] for t in told)
+    averaged: dict[str, Tensor] = {}
+    for name, (_, shape) in checkpoint.datasets.items():
+        kind = name.split("/")[0]
+        if len(shape) == 2 and kind in ("z", "anchor", "u", "optimizer", "optimizer_other"):
+            if kind.startswith("optimizer") and not same_optimizer:
+                continue
+            weights = [t["w"] if kind == "z" else 1.0 for t in told]
+            mean = _mean(checkpoint, name, weights, comm)
+            if kind == "z" and told[0]["in_flight"]:
+                sent = [t["in_flight"]["sent"] for t in told]
+                mean += _mean(checkpoint, name.replace("z/", "packet/"), sent, comm)
+            averaged[name] = mean
+    tree = checkpoint.tree(comm.rank % ranks, {k: v for k, v in averaged.items()})
+    return tree | {"w": 1.0, "in_flight": None, "begun": tree["step"] - 1, "rng": None}
+
+
+def _mean(checkpoint: Checkpoint, name: str, weights: list[float], comm: Endpoint) -> Tensor:
+    """sum_r weights[r] * row r / rows, each rank computing its share of the columns; whole numbers: row 0."""
+    first = checkpoint.vector(name, 0, slice(0, 0))
+    columns = checkpoint.datasets[name][1][1]
+    mean = torch.zeros(columns, dtype=first.dtype)
+    if not first.dtype.is_floating_point:
+        return checkpoint.vector(name, 0)
+    mine = comm.shard(columns)
+    total = torch.zeros(mine.stop - mine.start, dtype=torch.float64)
+    for r, weight in enumerate(weights):
+        total.add_(checkpoint.vector(name, r, mine).double(), alpha=weight)
+    mean[mine] = total.div_(len(weights)).to(mean.dtype)
+    return comm.all_gather_(mean, "average of a checkpoint")
+
+
+def pack_all(worker: SlowMo, extra: Mapping[str, Any] | None) -> Packed:
+    """What a checkpoint of this rank holds: its state and the caller's `extra`."""
+    return pack(state_of(worker) | {"extra": dict(extra or {})}, worker.state.flat)
+
+
+def describe(worker: SlowMo, layout: str, config: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes and tables of a checkpoint: where each parameter lies, and what the model's state_dict is made of."""
+    s = worker.state
+    entries = list(zip(s.flat.entries, s.flat.parameters, strict=True))
+    tables = {
+        "layout/name": [e.name for e, _ in entries],
+        "layout/vector": [str(p.dtype).removeprefix("torch.") for _, p in entries],
+        "layout/start": np.array([e.start for e, _ in entries]),
+        "layout/shape": [json.dumps(list(p.shape)) for _, p in entries],
+        "layout/strides": [json.dumps(list(p.stride())) for _, p in entries],
+    }
+    sources: dict[int, str] = {id(t): f"frozen:{name}" for name, t in frozen(worker).items()}
+    sources |= {id(p): f"trained:{e.name}" for e, p in entries}
+    sources |= {id(b): f"buffers:{name}" for name, b in worker.model.named_buffers()}
+    model = {k: sources[id(t)] for k, t in worker.model.state_dict(keep_vars=True).items() if id(t) in sources}
+    tables |= {"model/key": list(model), "model/source": list(model.values())}
+    tables["model/averaged"] = [name for name, _ in worker.statistics()]
+    return attributes_of(s.step, s.round, worker.comm.size, layout, config), tables
+
+
+def load(worker: SlowMo, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Put the worker where the checkpoint is; the `extra` that was saved with it.
+
+    Raises: SlowmoError where it is of another model, or of another number of ranks in the middle of a round.
+    """
+    _, tables = describe(worker, "", "")
+    for name, mine in tables.items():
+        theirs = checkpoint.table(name)
+        if name.startswith("layout/") and list(theirs) != list(mine):
+            names = checkpoint.table("layout/name"), tables["layout/name"]
+            differ = [n for n in dict.fromkeys(names[0] + names[1]) if (n in names[0]) != (n in names[1])]
+            if not differ:
+                differ = [n for n, a, b in zip(names[1], theirs, mine, strict=True) if a != b]
+            raise SlowmoError(
+                f"{checkpoint.path} is of another model: parameter {differ[0]} differs ({name.split('/')[1]}).",
+                "Build the model and the optimizer as they were when it was written.",
+            )
+    tau, ranks = worker.tau, worker.comm.size
+    if ranks != checkpoint.ranks and tau and checkpoint.step % tau:
+        raise SlowmoError(
+            f"{checkpoint.path} was written by {checkpoint.ranks} ranks in the middle of a round (step "
+            f"{checkpoint.step}, tau {tau}); {ranks} ranks can go on from a round's boundary only.",
+            f"Start {checkpoint.ranks} ranks, or give a checkpoint of a step that is a multiple of {tau}.",
+        )
+    tree = for_rank(checkpoint, worker.comm)
+    worker.load_state_dict(tree)
+    return tree["extra"]
+
+
+def frozen(worker: SlowMo) -> dict[str, Tensor]:
+    """The parameters that are not trained."""
+    trained = set(map(id, worker.state.flat.parameters))
+    return {name: p for name, p in worker.model.named_parameters() if id(p) not in trained}
+
+
+def by_type(flat: FlatParameters, vectors: list[Any]) -> dict[str, Any]:
+    """One vector per buffer, by the name of the buffer's type."""
+    return {str(b.dtype).removeprefix("torch."): v for b, v in zip(flat.buffers, vectors, strict=False)}
+
+
+def _share(worker: SlowMo, vector: Tensor, total: int) -> Tensor | Share:
+    """What this rank tells of the slow state: its 1/m, since all ranks have the same; all where they have not."""
+    if worker.average == "none":
+        return vector
+    mine = worker.comm.shard(total)
+    return Share(vector if worker.sharded else vector[mine], mine, total)
+
+
+def _restore_optimizer(worker: SlowMo, saved: Mapping[str, Any]) -> None:
+    optimizer, device = worker.optimizer, worker.comm.device
+    parameters: dict[str, Any] = dict(worker.model.named_parameters())
+
+    def home(p: Tensor, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == p.shape and value.ndim:
+            return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+        was_on_device = getattr(value, "on_device", value.device.type != "cpu")
+        return value.detach().to(device if was_on_device else "cpu", copy=True)
+
+    state = {
+        parameters[n]: {k: home(parameters[n], v) for k, v in entries.items()} for n, entries in saved["state"].items()
+    }
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in values.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].copy_(torch.as_tensor(value))
+            else:
+                group[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _copy_into(what: str, mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in saved.items()}:
+        raise SlowmoError(
+            f"The state to load is of another model: its {what} differ in names or shapes.",
+            "Build the model as it was when it was saved.",
+        )
+    for name, tensor in mine.items():
+        tensor.copy_(saved[name])
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, keys, position, has_gauss, cached],
+        "python": [version, np.array(words, dtype=np.uint64), gauss],
+    }
+
+
+def _set_random_state(saved: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(saved["torch"].clone())
+    if device.type == "cuda" and saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"].clone(), device)
+    kind, keys, position, has_gauss, cached = saved["numpy"]
+    np.random.set_state((kind, keys.copy(), position, has_gauss, cached))
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(int(w) for w in words), gauss))
