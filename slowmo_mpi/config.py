@@ -21,9 +21,11 @@ from typing import Any
 from .errors import UsageError, did_you_mean
 
 
-def key(default: Any, doc: str, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A configuration key: its default, what it means, and which values it takes."""
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least}
+def key(
+    default: Any, doc: str, choices: tuple[str, ...] = (), at_least: float | None = None, moves: bool = True
+) -> Any:
+    """A configuration key: its default, what it means, which values it takes, and whether it moves the trajectory."""
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "moves": moves}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -31,22 +33,27 @@ def key(default: Any, doc: str, choices: tuple[str, ...] = (), at_least: float |
 
 @dataclass(frozen=True)
 class Run:
-    name: str = key("run", "name of the run; the run folder is FOLDER/NAME-DATE-TIME")
-    folder: str = key("runs", "where run folders are made")
+    name: str = key("run", "name of the run; the run folder is FOLDER/NAME-DATE-TIME", moves=False)
+    folder: str = key("runs", "where run folders are made", moves=False)
     epochs: int = key(0, "length of training in passes over the data; give this or `steps`", at_least=0)
     steps: int = key(0, "length of training in optimizer steps; give this or `epochs`", at_least=0)
     seed: int = key(0, "seed of initial weights, data order and noise", at_least=0)
-    log_every: int = key(50, "steps between two lines of metrics.jsonl", at_least=1)
-    eval_every: int = key(0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0)
-    threads: int = key(0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0)
-    tensorboard: bool = key(False, "also write TensorBoard event files (needs the `tensorboard` extra)")
+    log_every: int = key(50, "steps between two lines of metrics.jsonl", at_least=1, moves=False)
+    eval_every: int = key(
+        0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0, moves=False
+    )
+    threads: int = key(
+        0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0, moves=False
+    )
+    tensorboard: bool = key(False, "also write TensorBoard event files (needs the `tensorboard` extra)", moves=False)
+    stop_after: str = key("", 'wall time, such as "5h50m", after which to checkpoint and end with code 75', moves=False)
 
 
 @dataclass(frozen=True)
 class Task:
     name: str = key("digits", 'quadratic, digits, fashion-mnist, or your own as "package.module:factory"')
     batch_size: int = key(32, "samples per rank and step", at_least=1)
-    data: str = key("", "folder of the data; empty: the task's default place")
+    data: str = key("", "folder of the data; empty: the task's default place", moves=False)
     options: dict[str, Any] = key({}, "the task's own keys, written in [task] beside the others")
 
 
@@ -86,12 +93,32 @@ class Slow:
     buffers: str = key("reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average"))
     average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
     gamma: str = key("mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last"))
-    sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks")
+    sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks", moves=False)
 
 
 @dataclass(frozen=True)
 class Comm:
-    timeout: float = key(300.0, "seconds after which a wait for another rank is an error", at_least=0.1)
+    timeout: float = key(300.0, "seconds after which a wait for another rank is an error", at_least=0.1, moves=False)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = key(
+        1000, "steps between checkpoints, and one at the end; 0: only when stopped early", at_least=0, moves=False
+    )
+    keep: int = key(2, "how many of the newest stay", at_least=1, moves=False)
+    keep_every: int = key(
+        0, "checkpoints of steps that are multiples of this stay too; 0: none", at_least=0, moves=False
+    )
+    layout: str = key(
+        "auto",
+        "one file written by all ranks, or a file per rank and one that shows them as one",
+        choices=("auto", "parallel", "shards"),
+        moves=False,
+    )
+    write: str = key(
+        "async", "beside the training (from a copy of the state), or in its way", choices=("async", "sync"), moves=False
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,7 @@ class Config:
     base: Base = field(default_factory=Base, metadata={"doc": "the base algorithm and its graph"})
     slowmo: Slow = field(default_factory=Slow, metadata={"doc": "the outer step"})
     comm: Comm = field(default_factory=Comm, metadata={"doc": "communication"})
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata={"doc": "checkpoints, in the run folder"})
 
     def check(self) -> None:
         """Refuse combinations that cannot work, whatever the number of ranks.
@@ -120,6 +148,7 @@ class Config:
             )
         if "/" in run.name or not run.name:
             raise UsageError(f'run.name = "{run.name}" cannot name a folder.', "Type --set run.name=NAME, without a /.")
+        seconds(run.stop_after)
         if slow.beta >= 1:
             raise UsageError(
                 f"slowmo.beta = {slow.beta:g} makes the slow momentum grow without bound.",
@@ -238,6 +267,38 @@ def dump(config: Config, comments: bool = False) -> str:
                 lines.append(f"# {k.name} =")
         lines.append("")
     return "\n".join(lines)
+
+
+def seconds(text: str) -> float:
+    """A wall time such as "5h50m", "90s" or "1d2h" in seconds; "" is infinite. Raises: UsageError."""
+    if not text:
+        return math.inf
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
+    if found is None:
+        raise UsageError(
+            f'run.stop_after = "{text}" is not a time.', "Type for example --set run.stop_after=5h50m (d, h, m, s)."
+        )
+    return float(sum(int(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)))
+
+
+def changed(before: Config, now: Config) -> list[str]:
+    """The keys, as section.key, in which two configurations differ so that a run would not go on as it began.
+
+    Where the rate does not depend on the run's end, the length of the run is not among them.
+    """
+    found = []
+    for section, keys in sections():
+        a, b = getattr(before, section.name), getattr(now, section.name)
+        for k in keys:
+            old, new = getattr(a, k.name), getattr(b, k.name)
+            if k.name == "options":
+                found += [f"{section.name}.{o}" for o in {**old, **new} if old.get(o) != new.get(o)]
+            elif old != new and k.metadata["moves"]:
+                found.append(f"{section.name}.{k.name}")
+    ends = {"run.epochs", "run.steps"} if now.optimizer.schedule != "cosine" else set()
+    if (before.run.epochs > 0) != (now.run.epochs > 0):
+        ends = set()  # the unit of warm-up and milestones is another
+    return [k for k in found if k not in ends]
 
 
 def sections() -> Iterator[tuple[dataclasses.Field[Any], tuple[dataclasses.Field[Any], ...]]]:

@@ -97,7 +97,13 @@ def run(ranks: int, arguments: list[str]) -> int:
         process_group=0,  # a terminal's Ctrl-C comes to us alone: two at once would make mpirun leave its ranks behind
         preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )  # fmt: skip
-    before = signal.signal(signal.SIGINT, interrupt)
+
+    def pass_on(*_: Any) -> None:
+        """A scheduler's warning: mpirun hands SIGUSR1 to the ranks; of SIGTERM it would make an end at once."""
+        child.send_signal(signal.SIGUSR1)
+
+    handlers = {signal.SIGINT: interrupt, **dict.fromkeys((signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM), pass_on)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         assert child.stderr is not None
         end = _Stderr()
@@ -106,7 +112,8 @@ def run(ranks: int, arguments: list[str]) -> int:
         end.finish()
         code = child.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if child.poll() is None:  # our own stderr was closed, as by `| head`
             child.terminate()
             child.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -40,10 +41,16 @@ def make_folder(config: Config) -> Path:
 class RunLog:
     """What rank 0 writes while it trains. Each line of metrics.jsonl is complete once written."""
 
-    def __init__(self, folder: Path, config: Config, manifest: Mapping[str, Any]):
+    def __init__(self, folder: Path, config: Config, manifest: Mapping[str, Any], resumed: int | None = None):
+        """resumed: the step that a run which has such a folder already goes on from; what it wrote later is undone."""
         self.folder = folder
         (folder / "config.toml").write_text(dump(config), encoding="utf-8")
         self._manifest = dict(manifest)
+        if resumed is not None and (folder / "manifest.json").exists():
+            first = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            lives = [*first.pop("lives", []), first]
+            self._manifest |= {"lives": lives, "resumed_at_step": resumed}
+            _forget_after(folder / "metrics.jsonl", resumed)
         self._write_manifest()
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(folder) if config.run.tensorboard else None
@@ -69,6 +76,30 @@ class RunLog:
         temporary = self.folder / "manifest.json.new"
         temporary.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.folder / "manifest.json")
+
+
+def set_error_aside(folder: Path) -> None:
+    """Rename the error.txt of a life that has ended, so that the next one's can be told."""
+    for i in range(1, 1000):
+        aside = folder / f"error-{i}.txt"
+        if not aside.exists():
+            with contextlib.suppress(OSError):
+                (folder / "error.txt").rename(aside)
+            return
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a last line that was cut off."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    temporary = metrics.with_suffix(".new")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(metrics)
 
 
 def manifest(mpi_library: str, hosts: list[str], threads: int) -> dict[str, Any]:

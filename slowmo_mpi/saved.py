@@ -7,6 +7,7 @@
     packet           {dtype: (d,)}                                that was sent (it is posted again on resume)
     optimizer        state by parameter, groups                   buffers, step counts, rates
     buffers, frozen  {name: tensor}                               of the model
+    modules          what modules with `get_extra_state` give
     rng              torch's, CUDA's of the rank's device, numpy's global one, Python's
 
 An exchange that was posted since the last step has changed nothing yet but w and phase: it is told as not yet posted.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint.read import Checkpoint
 from .checkpoint.store import attributes_of
@@ -60,6 +61,7 @@ def state_of(worker: SlowMo) -> dict[str, Any]:
     }
     tree["buffers"] = dict(worker.model.named_buffers())
     tree["frozen"] = frozen(worker)
+    tree["modules"] = {name: module.get_extra_state() for name, module in _with_extra_state(worker)}
     tree["rng"] = _random_state(worker.comm.device)
     return tree
 
@@ -90,7 +92,7 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
                 f"{'one' if mine else 'none'}.",
                 "Give tau as it was when it was saved (tau = 0 has no slow state).",
             )
-        for vector, z, saved in zip(mine, s.z, tree[key].values(), strict=True):
+        for vector, z, saved in zip(mine, s.z, tree[key].values(), strict=False):  # tau = 0: none
             if isinstance(saved, Share):  # of `state_dict`, on every rank its own part
                 whole = vector.new_empty(saved.total)
                 whole[saved.here] = saved.part
@@ -99,8 +101,15 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
     _restore_optimizer(worker, tree["optimizer"])
     for name, tensors in (("buffers", dict(worker.model.named_buffers())), ("frozen", frozen(worker))):
         _copy_into(name, tensors, tree[name])
+    for name, module in _with_extra_state(worker):
+        module.set_extra_state(tree["modules"][name])
     if tree["rng"] is not None:
         _set_random_state(tree["rng"], worker.comm.device)
+    if tree["in_flight"] and not worker.base.communicates:
+        raise SlowmoError(
+            f"The state to load has messages in flight, and {type(worker.base).__name__} exchanges none.",
+            "Change the base algorithm at a round's boundary.",
+        )
     if tree["in_flight"]:
         worker.base.post_again(s, worker.comm, **tree["in_flight"], vectors=list(tree["packet"].values()))
     elif s.step > 0:
@@ -122,32 +131,34 @@ def for_rank(checkpoint: Checkpoint, comm: Endpoint) -> dict[str, Any]:
     same_optimizer = all(t["optimizer"]["state"] == told[0]["optimizer"]["state"] for t in told)
     averaged: dict[str, Tensor] = {}
     for name, (_, shape) in checkpoint.datasets.items():
-        kind = name.split("/")[0]
-        if len(shape) == 2 and kind in ("z", "anchor", "u", "optimizer", "optimizer_other"):
+        kind, flying = name.split("/")[0], False
+        terms = {name: [t["w"] if kind == "z" else 1.0 for t in told]}
+        if kind == "z" and told[0]["in_flight"]:  # also where z is the same everywhere: what is in flight is older
+            flying, terms[name.replace("z/", "packet/")] = True, [t["in_flight"]["sent"] for t in told]
+        if flying or (len(shape) == 2 and kind in ("z", "anchor", "u", "optimizer", "optimizer_other")):
             if kind.startswith("optimizer") and not same_optimizer:
                 continue
-            weights = [t["w"] if kind == "z" else 1.0 for t in told]
-            mean = _mean(checkpoint, name, weights, comm)
-            if kind == "z" and told[0]["in_flight"]:
-                sent = [t["in_flight"]["sent"] for t in told]
-                mean += _mean(checkpoint, name.replace("z/", "packet/"), sent, comm)
-            averaged[name] = mean
+            averaged[name] = _mean(checkpoint, terms, comm)
     tree = checkpoint.tree(comm.rank % ranks, {k: v for k, v in averaged.items()})
     return tree | {"w": 1.0, "in_flight": None, "begun": tree["step"] - 1, "rng": None}
 
 
-def _mean(checkpoint: Checkpoint, name: str, weights: list[float], comm: Endpoint) -> Tensor:
-    """sum_r weights[r] * row r / rows, each rank computing its share of the columns; whole numbers: row 0."""
-    first = checkpoint.vector(name, 0, slice(0, 0))
-    columns = checkpoint.datasets[name][1][1]
-    mean = torch.zeros(columns, dtype=first.dtype)
+def _mean(checkpoint: Checkpoint, terms: Mapping[str, list[float]], comm: Endpoint) -> Tensor:
+    """1 / ranks * the sum over vectors and ranks r of terms[vector][r] * row r; of whole numbers: row 0.
+
+    Each rank computes its share of the columns.
+    """
+    name = next(iter(terms))
+    first, columns = checkpoint.vector(name, 0, slice(0, 0)), checkpoint.datasets[name][1][-1]
     if not first.dtype.is_floating_point:
         return checkpoint.vector(name, 0)
+    mean = torch.zeros(columns, dtype=first.dtype)
     mine = comm.shard(columns)
     total = torch.zeros(mine.stop - mine.start, dtype=torch.float64)
-    for r, weight in enumerate(weights):
-        total.add_(checkpoint.vector(name, r, mine).double(), alpha=weight)
-    mean[mine] = total.div_(len(weights)).to(mean.dtype)
+    for vector, weights in terms.items():
+        for r, weight in enumerate(weights):
+            total.add_(checkpoint.vector(vector, r, mine).double(), alpha=weight)
+    mean[mine] = total.div_(checkpoint.ranks).to(mean.dtype)
     return comm.all_gather_(mean, "average of a checkpoint")
 
 
@@ -176,9 +187,10 @@ def describe(worker: SlowMo, layout: str, config: str) -> tuple[dict[str, Any], 
     return attributes_of(s.step, s.round, worker.comm.size, layout, config), tables
 
 
-def load(worker: SlowMo, checkpoint: Checkpoint) -> dict[str, Any]:
+def load(worker: SlowMo, checkpoint: Checkpoint, optimizer: bool = True) -> dict[str, Any]:
     """Put the worker where the checkpoint is; the `extra` that was saved with it.
 
+    optimizer: False leaves the optimizer as it is, for one of another kind.
     Raises: SlowmoError where it is of another model, or of another number of ranks in the middle of a round.
     """
     _, tables = describe(worker, "", "")
@@ -201,6 +213,8 @@ def load(worker: SlowMo, checkpoint: Checkpoint) -> dict[str, Any]:
             f"Start {checkpoint.ranks} ranks, or give a checkpoint of a step that is a multiple of {tau}.",
         )
     tree = for_rank(checkpoint, worker.comm)
+    if not optimizer:
+        tree["optimizer"] = state_of(worker)["optimizer"]
     worker.load_state_dict(tree)
     return tree["extra"]
 
@@ -209,6 +223,11 @@ def frozen(worker: SlowMo) -> dict[str, Tensor]:
     """The parameters that are not trained."""
     trained = set(map(id, worker.state.flat.parameters))
     return {name: p for name, p in worker.model.named_parameters() if id(p) not in trained}
+
+
+def _with_extra_state(worker: SlowMo) -> list[tuple[str, nn.Module]]:
+    plain = nn.Module.get_extra_state
+    return [(n, m) for n, m in worker.model.named_modules() if type(m).get_extra_state is not plain]
 
 
 def by_type(flat: FlatParameters, vectors: list[Any]) -> dict[str, Any]:
@@ -261,12 +280,13 @@ def _copy_into(what: str, mine: Mapping[str, Tensor], saved: Mapping[str, Tensor
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, keys, position, has_gauss, cached],
-        "python": [version, np.array(words, dtype=np.uint64), gauss],
+        "numpy": [kind, keys.astype(np.int64), position, has_gauss, cached],
+        "python": [version, np.array(words, dtype=np.int64), gauss],
     }
 
 
@@ -275,6 +295,6 @@ def _set_random_state(saved: Mapping[str, Any], device: torch.device) -> None:
     if device.type == "cuda" and saved["cuda"] is not None:
         torch.cuda.set_rng_state(saved["cuda"].clone(), device)
     kind, keys, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((kind, keys.copy(), position, has_gauss, cached))
+    np.random.set_state((kind, keys.astype(np.uint32), position, has_gauss, cached))
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(int(w) for w in words), gauss))

@@ -13,12 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import bases, optim, tasks
+from . import bases, optim, saved, tasks
+from .checkpoint.read import Checkpoint
+from .checkpoints import Checkpoints
 from .comm import Communicator, Endpoint
 from .comm.mpi import library_version
-from .config import Base, Config
+from .config import Base, Config, Run, dump
 from .errors import SlowmoError
+from .resume import changes
 from .runlog import RunLog, manifest
+from .stopping import Vote, Wish
 from .tasks.sampler import Shards, share
 from .worker import SlowMo
 
@@ -37,8 +41,8 @@ BASES: dict[str, Callable[[Base], bases.Base]] = {
 class Show(Protocol):
     """Who shows a run while it goes on; called on rank 0 only."""
 
-    def start(self, lines: list[str], steps: int) -> None:
-        """What is about to run, and for how many steps."""
+    def start(self, lines: list[str], first: int, steps: int) -> None:
+        """What is about to run, from which step to which."""
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
@@ -60,12 +64,36 @@ class _Window:
     waited_s: float = 0.0
     sent_bytes: int = 0
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        metrics = [{k: v.cpu() for k, v in m.items()} for m in self.metrics]
+        elapsed_s = time.perf_counter() - self.started
+        return {
+            "losses": [x.cpu() for x in self.losses], "metrics": metrics, "elapsed_s": elapsed_s,
+            "waited_s": self.waited_s, "sent_bytes": self.sent_bytes,
+        }  # fmt: skip
 
-def train(config: Config, comm: Endpoint, folder: Path, show: Show | None = None) -> dict[str, Any]:
+    def take(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self.losses = to_device(saved["losses"], device)
+        self.metrics = to_device(saved["metrics"], device)
+        self.started = time.perf_counter() - saved["elapsed_s"]
+        self.waited_s, self.sent_bytes = saved["waited_s"], saved["sent_bytes"]
+
+
+def train(
+    config: Config,
+    comm: Endpoint,
+    folder: Path,
+    show: Show | None = None,
+    resume: Checkpoint | None = None,
+    wish: Wish | None = None,
+) -> dict[str, Any]:
     """Train as `config` says, on all ranks together; the last evaluation, as in metrics.jsonl.
 
-    folder: the run folder; rank 0 writes manifest.json, config.toml, metrics.jsonl and, at the end, model.pt: the
-    averaged, de-biased model as a plain `state_dict`. Seeds torch's global generator.
+    folder: the run folder; rank 0 writes manifest.json, config.toml, metrics.jsonl, checkpoints and, at the end,
+    model.pt: the averaged, de-biased model as a plain `state_dict`. Seeds torch's global generator.
+    resume: go on from there. wish: asked whether to stop early; the result then has "stopped", the reason.
     Raises: SlowmoError, among others when the loss is no longer a number.
     """
     run = config.run
@@ -83,26 +111,38 @@ def train(config: Config, comm: Endpoint, folder: Path, show: Show | None = None
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
         beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
     )  # fmt: skip
-    shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed)
-    steps = run.steps or run.epochs * shards.steps_per_epoch
-    per_unit = 1 if run.steps else shards.steps_per_epoch
-    evaluate_every = run.eval_every or (steps if run.steps else shards.steps_per_epoch)
+    checkpoints = Checkpoints(
+        worker, folder / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
+        layout=config.checkpoint.layout, asynchronous=config.checkpoint.write == "async", config=dump(config),
+    )  # fmt: skip
+    extra = _go_on(worker, task, config, resume) if resume else {}
+    first = worker.state.step
+    start = (first, *extra.get("data", (0, 0)))
+    shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed, start)
+    steps = run.steps or shards.steps(run.epochs)
+    window, last = _Window(), extra.get("last", {})
+    if extra and resume and resume.ranks == comm.size:
+        window.take(extra["window"], comm.device)
 
     hosts = comm.gather(comm.host)
     log = None
     if comm.rank == 0:
         library = library_version() if isinstance(comm, Communicator) else f"simulated, {comm.size} ranks"
-        log = RunLog(folder, config, manifest(library, hosts, threads))
+        log = RunLog(folder, config, manifest(library, hosts, threads), first if resume else None)
     if show is not None:
-        show.start(_introduction(config, comm, worker, shards, threads, folder), steps)
+        lines = _introduction(config, worker, shards, steps, threads, folder) + _on_checkpoints(config, checkpoints)
+        show.start(lines + (_on_resume(resume, comm.size) if resume else []), first, steps)
+    if resume:
+        resume.close()
 
-    started = time.perf_counter()
-    last: dict[str, Any] = {}
-    window = _Window()
+    started = time.perf_counter() - extra.get("elapsed_s", 0.0)
+    stopped = ""
+    vote = Vote(comm, wish or Wish(), first)
     try:
-        for step in range(steps):
+        for step in range(first, steps):
+            time_now, end = (step, run.steps) if run.steps else (shards.time(step), run.epochs)
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(config.optimizer, step / per_unit, steps / per_unit)
+                group["lr"] = optim.learning_rate(config.optimizer, time_now, end)
             batch = to_device(task.train.batch(shards.indices(step)), comm.device)
             loss, metrics = task.loss(model, batch)
             optimizer.zero_grad(set_to_none=False)  # the gradients stay views of one vector
@@ -123,16 +163,34 @@ def train(config: Config, comm: Endpoint, folder: Path, show: Show | None = None
                 rate = optimizer.param_groups[0]["lr"]
                 records.append({"kind": "train", **_sum_up(window, worker, config, done), "lr": rate})
                 window = _Window()
-            if done % evaluate_every == 0 or done == steps:
+            if _evaluates(run, shards, done, steps):
                 last = {"kind": "eval", "step": done, **evaluate(task, worker)}
                 records.append(last)
             for record in records:
-                record |= {"epoch": done / shards.steps_per_epoch, "time_s": time.perf_counter() - started}
+                record |= {"epoch": shards.time(done), "time_s": time.perf_counter() - started}
                 if log is not None:
                     log.write(record)
                 if show is not None:
                     show.record(record)
             window.started += time.perf_counter() - max(paused, window.started)  # training's time alone
+            stopped = vote.result(done) if done < steps else ""
+            checkpoints.poll()
+            every = config.checkpoint.every
+            if stopped or (every and (done % every == 0 or done == steps)):
+                elapsed = time.perf_counter() - started
+                state = task.state_dict() if hasattr(task, "state_dict") else None
+                checkpoints.save(
+                    {"data": list(shards.at(done)), "window": window.state(), "last": last, "elapsed_s": elapsed,
+                     "task": state}
+                )  # fmt: skip
+            if stopped:
+                break
+        vote.close()
+        checkpoints.wait()
+        if stopped:
+            if log is not None:
+                log.close(result="stopped", reason=stopped, step=done)
+            return {**last, "stopped": stopped, "step": done}
         worker.drain()
         with worker.averaged():
             if comm.rank == 0:
@@ -209,7 +267,8 @@ def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[
     bad = (~losses.isfinite()).nonzero()
     first_bad = step - len(losses) + int(bad[0]) + 1 if len(bad) else None
     names = sorted(window.metrics[0])
-    means = [float(losses.mean()), *(float(torch.stack([m[k].double() for m in window.metrics]).mean()) for k in names)]
+    means = [float(losses.mean())]
+    means += [float(torch.stack([m[k].double() for m in window.metrics]).mean()) for k in names]
     elapsed = time.perf_counter() - window.started
     everybody = comm.gather((first_bad, means, window.waited_s / elapsed, window.sent_bytes / len(losses)))
     failed = [(b, r) for r, (b, *_) in enumerate(everybody) if b is not None]
@@ -231,16 +290,38 @@ def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[
     }
 
 
-def _introduction(
-    config: Config, comm: Endpoint, worker: SlowMo, shards: Shards, threads: int, folder: Path
-) -> list[str]:
-    slow, run = config.slowmo, config.run
+def _go_on(worker: SlowMo, task: tasks.Task, config: Config, resume: Checkpoint) -> dict[str, Any]:
+    """Put worker and task where the checkpoint is; what the loop saved there.
+
+    Optimizer settings that were changed on purpose are the new ones; another optimizer starts with empty buffers.
+    """
+    ours = {k.removeprefix("optimizer.") for k in changes(resume, config) if k.startswith("optimizer.")}
+    groups = worker.optimizer.param_groups
+    kept = [{k: v for k, v in g.items() if k in ours} for g in groups]
+    extra = saved.load(worker, resume, optimizer="name" not in ours)
+    for group, values in zip(groups, kept, strict=True):
+        group.update(values)
+    if resume.ranks != worker.comm.size:  # random streams of their own: those of the checkpoint are others'
+        torch.manual_seed((config.run.seed * 1_000_003 + worker.comm.rank + 1) * 1_000_003 + resume.step)
+    if extra.get("task") is not None:
+        task.load_state_dict(extra["task"])  # type: ignore[attr-defined]
+    return extra
+
+
+def _evaluates(run: Run, shards: Shards, done: int, steps: int) -> bool:
+    """Whether there is an evaluation after `done` steps."""
+    if done == steps or (run.eval_every and done % run.eval_every == 0):
+        return True
+    return not run.eval_every and not run.steps and shards.at(done)[0] > shards.at(done - 1)[0]
+
+
+def _introduction(config: Config, worker: SlowMo, shards: Shards, total: int, threads: int, folder: Path) -> list[str]:
+    slow, run, comm = config.slowmo, config.run, worker.comm
     parameters = sum(e.numel for e in worker.state.flat.entries)
     gossip = config.base.algorithm not in ("allreduce", "local")
     graph = f" on {config.base.topology}" if gossip else ""
     outer = f"SlowMo tau {slow.tau}, alpha {slow.alpha:g}, beta {slow.beta:g}" if slow.tau else "no outer step"
     length = f"{run.steps} steps" if run.steps else f"{run.epochs} epochs of {shards.steps_per_epoch} steps"
-    total = run.steps or run.epochs * shards.steps_per_epoch
     never = f"; tau exceeds the run's {total} steps, so there is no outer step" if slow.tau > total else ""
     simulated = "" if isinstance(comm, Communicator) else ", simulated"
     where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
@@ -250,3 +331,18 @@ def _introduction(
         f"{config.base.algorithm}{graph}, {config.optimizer.name} lr {config.optimizer.lr:g}, {outer}{never}",
         f"{where} on {comm.device.type}, {threads} thread{'s' if threads > 1 else ''} each; run folder {folder}",
     ]
+
+
+def _on_checkpoints(config: Config, checkpoints: Checkpoints) -> list[str]:
+    every = f"every {config.checkpoint.every} steps" if config.checkpoint.every else "when stopped early"
+    return [f"checkpoints {every}: {checkpoints.store.chosen}"]
+
+
+def _on_resume(resume: Checkpoint, ranks: int) -> list[str]:
+    lines = [f"goes on from step {resume.step}, {resume.path}"]
+    if resume.ranks != ranks:
+        lines.append(
+            f"{ranks} ranks go on where {resume.ranks} left off: slow state shared out anew, all workers at their "
+            "average, optimizer buffers averaged, push-sum weights 1, random streams new"
+        )
+    return lines

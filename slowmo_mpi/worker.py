@@ -246,10 +246,10 @@ class SlowMo:
     def statistics(self) -> list[tuple[str, Tensor]]:
         """Batch-norm's running means and variances (other buffers may be masks or caches, which have no average)."""
         return [
-            (f"{name}.{key}", buffer)
+            (key, buffer)
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.modules.batchnorm._NormBase)
-            for key, buffer in module.named_buffers(recurse=False)
+            for key, buffer in module.named_buffers(prefix=name, recurse=False)
             if buffer.is_floating_point()
         ]
 

@@ -161,7 +161,13 @@ def test_init_plan_and_train(tmp_path: Path) -> None:
     assert "%|" not in done.stderr, "a bar is for terminals"
     folder = tmp_path / last["folder"]
     assert f"run folder: {last['folder']}" in done.stderr
-    assert {f.name for f in folder.iterdir()} == {"manifest.json", "config.toml", "metrics.jsonl", "model.pt"}
+    assert {f.name for f in folder.iterdir()} == {
+        "manifest.json",
+        "config.toml",
+        "metrics.jsonl",
+        "model.pt",
+        "checkpoints",
+    }
     assert [json.loads(line)["kind"] for line in (folder / "metrics.jsonl").open()] == ["train", "train", "eval"]
 
 

@@ -107,8 +107,10 @@ def test_exchanges_overlap_and_keep_apart(world: Simulated | Real, limit: int) -
 
 def agreement(comm: Endpoint):
     values = comm.gather({"rank": comm.rank, "text": "x" * comm.rank})
-    last = comm.agree(comm.rank == comm.size - 1)
-    never = comm.agree(False)
+    later = [comm.gather_later(bytes([comm.rank, k])) for k in range(3)]
+    last = any(comm.gather(comm.rank == comm.size - 1))
+    assert [g.wait() for g in later] == [[bytes([r, k]) for r in range(comm.size)] for k in range(3)]
+    never = any(comm.gather(False))
     comm.barrier()
     return values, last, never
 

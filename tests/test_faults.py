@@ -14,14 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from slowmo_mpi.errors import FAILED, INTERRUPTED, USAGE, SlowmoError
-from slowmo_mpi.launch import _Stderr, _told, find_mpirun, mpirun_command, mpirun_version
+from slowmo_mpi.errors import FAILED, INTERRUPTED, USAGE
+from slowmo_mpi.launch import _Stderr, _told, mpirun_command, mpirun_version
 
 LIMIT_S = 120  # of a whole run, most of it the ranks' `import torch` on a busy machine
 SOON_S = 25  # from a fault to the end of all processes
@@ -116,45 +115,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "faulty.py").write_text(FAULTY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def mpirun() -> str:
-    """The launcher; without one a test skips, but in CI that is a failure."""
-    try:
-        return find_mpirun()
-    except SlowmoError as error:
-        if os.environ.get("SLOWMO_CI"):
-            raise
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """What the processes get, with a mark that finds them again. Afterwards none may be left."""
-    mark = f"SLOWMO_TEST={tmp_path}"
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    yield {**os.environ, **root, "OMP_NUM_THREADS": "1", "SLOWMO_TEST": str(tmp_path)}
-    left = marked(mark)
-    deadline = time.monotonic() + SOON_S
-    while left and time.monotonic() < deadline:
-        time.sleep(0.1)
-        left = marked(mark)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, f"left behind: {left}"
-
-
-def marked(mark: str) -> dict[int, str]:
-    """The processes with `mark` in their environment: pid -> command."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-    return found
 
 
 def command(start: str, *arguments: str, config: str = "my.toml") -> list[str]:

@@ -25,7 +25,7 @@ STOREYS = [
     ["__main__", "reference"],
     ["cli"],
     ["train", "plan", "doctor", "presets", "picture"],
-    ["checkpoints", "runlog", "optim", "launch", "tasks"],
+    ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
     ["bases", "saved"],
     ["state", "checkpoint"],

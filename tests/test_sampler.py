@@ -62,7 +62,7 @@ def test_indices_are_int64_and_the_callers_own():
 
 def test_epoch_of_a_step():
     shard = Shards(40, 2, 0, 5, seed=0)
-    assert [shard.epoch(step) for step in (0, 3, 4, 8)] == [0, 0, 1, 2]
+    assert [shard.at(step)[0] for step in (0, 3, 4, 8)] == [0, 0, 1, 2]
 
 
 def test_too_few_samples_name_the_numbers():
@@ -79,8 +79,33 @@ def test_refuses_what_no_rank_can_be():
         Shards(10, 1, 0, 0, seed=0)
     with pytest.raises(ValueError, match="rank 2"):
         Shards(10, 2, 2, 1, seed=0)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="before the first"):
         Shards(10, 1, 0, 1, seed=0).indices(-1)
+
+
+def test_going_on_is_as_if_it_had_not_ended():
+    """From any step, with as many ranks: the same samples, the same times to the bit, the same end."""
+    whole = Shards(103, 2, 1, 5, seed=3)
+    for step in range(0, 35):
+        on = Shards(103, 2, 1, 5, seed=3, start=(step, *whole.at(step)))
+        for later in range(step, step + 25):
+            assert torch.equal(on.indices(later), whole.indices(later))
+            assert (on.time(later), on.at(later)) == (whole.time(later), whole.at(later))
+        for epochs in range(whole.at(step)[0], 6):
+            assert on.steps(epochs) == max(whole.steps(epochs), step)
+
+
+def test_another_number_of_ranks_goes_on_in_the_same_epoch():
+    """What is left of the epoch is shared out anew: no sample comes twice, and less than a step is left over."""
+    before = ranks_of(103, 4, 3)
+    seen = [int(i) for shard in before for step in range(5) for i in shard.indices(step)]
+    assert before[0].at(5) == (0, 60)
+    after = [Shards(103, 3, rank, 4, 0, start=(5, 0, 60)) for rank in range(3)]
+    assert [s.steps(1) for s in after] == [5 + 43 // 12] * 3
+    seen += [int(i) for shard in after for step in range(5, 8) for i in shard.indices(step)]
+    assert len(seen) == len(set(seen)) == 60 + 36
+    assert after[0].at(8) == (1, 0) and after[0].time(8) == 1.0 and after[0].steps(3) == 8 + 2 * (103 // 12)
+    assert after[0].time(5) == pytest.approx(60 / 12 / (103 // 12))
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3, 10, 10_000])

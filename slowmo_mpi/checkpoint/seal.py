@@ -176,7 +176,10 @@ def identity(path: Path) -> str:
 
 def damaged_slabs(path: Path, slabs: Iterable[Slab]) -> Iterator[Slab]:
     """Those slabs of a proved file whose bytes are not what was written."""
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise Damaged(path, error.strerror or "it cannot be opened") from None
     try:
         for slab in slabs:
             try:

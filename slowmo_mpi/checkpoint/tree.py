@@ -118,7 +118,11 @@ def pack(tree: Mapping[str, Any], flat: FlatParameters) -> Packed:
                 vectors[name].add(0, value.part, (1,))
             return {"$tensor": [name, 0, [value.total], [1], _name(value.part.dtype), value.part.device.type != "cpu"]}
         if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-            return {"$numpy": place(path, torch.from_numpy(np.array(value, order="C")))}
+            kind = "$numpy" if isinstance(value, np.ndarray) else "$number"
+            try:
+                return {kind: place(path, torch.from_numpy(np.array(value, order="C")))}
+            except (TypeError, ValueError):  # long doubles, foreign byte orders
+                raise _refused(path, f"a numpy array of {value.dtype.str}") from None
         if isinstance(value, bytes):
             return {"$bytes": value.hex()}
         if isinstance(value, Mapping):
@@ -157,8 +161,9 @@ def unpack(text: str, read: Callable[[str], Tensor]) -> dict[str, Any]:
             case {"$tensor": place}:
                 return tensor(place)
             case {"$numpy": place}:
-                array = tensor(place).contiguous().numpy()
-                return array if array.ndim else array[()]
+                return tensor(place).contiguous().numpy()
+            case {"$number": place}:
+                return tensor(place).numpy()[()]
             case {"$bytes": text}:
                 return bytes.fromhex(text)
             case {"$tuple": items}:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -35,7 +36,7 @@ T = TypeVar("T")
 WRITE_BYTES = 1 << 29  # of one call: some MPI-IOs count in 32 bits
 ALIGN_LIMIT_BYTES = 16 << 20
 PART = ".part"  # behind the name of a file that is being written
-SHARDS = ".shards-"  # behind the name, before a token: the folder of a file's shards
+SHARDS = ".shards-"  # see shards_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def write(
             flat = [slab for mine in slabs for slab in mine]
             together(comm, lambda: seal(part, block, flat, []), only=0)
         else:
-            folder = path.with_name(f"{path.stem}{SHARDS}{token}")
+            folder = path.with_name(shards_of(path) + token)
             together(comm, folder.mkdir, only=0)
             mine = lambda: _shard(folder / f"rank-{comm.rank:05}.h5", plan, host, told, comm.rank, align)  # noqa: E731
             shards = together(comm, mine)
@@ -107,7 +108,7 @@ def write(
         if comm.rank == 0:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-                shutil.rmtree(path.with_name(f"{path.stem}{SHARDS}{token}"), ignore_errors=True)
+                shutil.rmtree(path.with_name(shards_of(path) + token), ignore_errors=True)
         raise
 
 
@@ -136,10 +137,15 @@ def datasets(everybody: list[list[Told]]) -> list[Dataset]:
     return plan
 
 
+def shards_of(path: Path) -> str:
+    """The name of the folder of a file's shards, before a token: a.h5 has a.shards-..., and a.x has a.x.shards-..."""
+    return (path.stem if path.suffix == ".h5" else path.name) + SHARDS
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint, and its shards after it. Missing ones are no fault."""
     path.unlink(missing_ok=True)
-    for folder in path.parent.glob(f"{path.stem}{SHARDS}*"):
+    for folder in path.parent.glob(f"{glob.escape(shards_of(path))}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -318,7 +324,7 @@ def _commit(part: Path, path: Path) -> None:
     """Rank 0: the complete file gets its name, in one step that a crash cannot split."""
     proved(part)
     found = identity(part)
-    old = set(path.parent.glob(f"{path.stem}{SHARDS}*"))
+    old = set(path.parent.glob(f"{glob.escape(shards_of(path))}*"))
     os.replace(part, path)
     sync(path.parent)
     assert identity(path) == found
@@ -379,9 +385,9 @@ def _pair(share: slice | None) -> tuple[int, int] | None:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """What a writer that was killed left behind: unfinished files, and shards that no file speaks of."""
-    yield from folder.glob(f"*{PART}")
-    for shards in folder.glob(f"*{SHARDS}*"):
+    """What a writer of step-*.h5 that was killed left behind: unfinished files, and shards that no file speaks of."""
+    yield from folder.glob(f"step-*.h5{PART}")
+    for shards in folder.glob(f"step-*{SHARDS}*"):
         index = folder / f"{shards.name.partition(SHARDS)[0]}.h5"
         if not index.exists():
             yield shards

@@ -13,6 +13,7 @@ import click
 
 from .. import __version__
 from ..errors import DONE, FAILED, INTERRUPTED, USAGE, SlowmoError
+from .checkpoint import checkpoint
 from .doctor import doctor
 from .init import init
 from .plan import plan
@@ -37,7 +38,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, topology, doctor):
+for command in (init, train, plan, topology, checkpoint, doctor):
     slowmo.add_command(command)
 
 

@@ -19,18 +19,19 @@ class Progress:
     def __init__(self) -> None:
         self._columns = int(os.environ.get("SLOWMO_TERMINAL", 0)) or terminal_columns()
         self._bar: Any = None
-        self._steps = 0
+        self._first = self._steps = 0
         self._started = 0.0
 
-    def start(self, lines: list[str], steps: int) -> None:
+    def start(self, lines: list[str], first: int, steps: int) -> None:
         for line in lines:
             note(line)
-        self._steps, self._started = steps, time.perf_counter()
+        self._first, self._steps, self._started = first, steps, time.perf_counter()
         if self._columns:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=steps, ncols=self._columns, nrows=24, unit="step", file=sys.stderr, mininterval=0.3,
+                total=steps, initial=first, ncols=self._columns, nrows=24, unit="step", file=sys.stderr,
+                mininterval=0.3,
                 bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
             )  # fmt: skip
 
@@ -57,7 +58,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{metrics}  {rates}")
         else:
-            left = (time.perf_counter() - self._started) * (self._steps / record["step"] - 1)
+            done, to_do = record["step"] - self._first, self._steps - record["step"]
+            left = (time.perf_counter() - self._started) / max(1, done) * to_do
             self._line(
                 f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  {metrics}  {rates}  "
                 f"{int(left // 60)}:{int(left % 60):02d} left"

@@ -9,18 +9,20 @@ import sys
 import sysconfig
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import DONE, INTERRUPTED, SlowmoError, UsageError
+from ..errors import DONE, INTERRUPTED, STOPPED_EARLY, SlowmoError, UsageError
 from .progress import Progress
 from .say import config_argument, note, say
 
 if TYPE_CHECKING:
     from ..comm import Endpoint
     from ..config import Config
+    from ..stopping import Wish
 
 SPEAKING_S = 5.0  # what the rank that speaks is given before the others end the job
 TOLD_CHARACTERS = 400  # of an exception's text; some of torch's go on for pages
@@ -30,13 +32,37 @@ TOLD_CHARACTERS = 400  # of an exception's text; some of torch's go on for pages
 @config_argument
 @click.option("-n", "--ranks", type=click.IntRange(1), help="Start so many ranks with mpirun on this machine.")
 @click.option("--simulate", type=click.IntRange(1), metavar="N", help="N ranks in this one process, without MPI.")
+@click.option(
+    "--resume",
+    metavar="RUN|FILE|auto",
+    help="Go on: in run folder RUN from its newest whole checkpoint; from checkpoint FILE in a new run folder; auto: "
+    "in the newest run of this name that did not come to its end, or start where there is none.",
+)
+@click.option(
+    "--allow-changed",
+    "allowed",
+    multiple=True,
+    metavar="SECTION.KEY",
+    help="With --resume: this key may differ from the checkpoint's; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the last evaluation as JSON on stdout.")
-def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: int | None, as_json: bool) -> int:
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+    simulate: int | None,
+    resume: str | None,
+    allowed: tuple[str, ...],
+    as_json: bool,
+) -> int:
     """Train what CONFIG describes, and leave a run folder.
 
     Under mpirun or srun each rank runs this command; alone it is one rank; with -n it starts mpirun itself.
-    The run folder holds manifest.json, config.toml, metrics.jsonl and model.pt (the averaged model's
-    state_dict).
+    The run folder holds manifest.json, config.toml, metrics.jsonl, checkpoints/ and model.pt (the averaged
+    model's state_dict).
+
+    SIGUSR1, SIGUSR2, SIGTERM or run.stop_after end a run early: all ranks stop after the same step and write a
+    checkpoint, and the exit code is 75, run again.
 
     \b
     Example:
@@ -44,6 +70,8 @@ def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: 
       mpirun -n 4 slowmo train my.toml --set slowmo.tau=12
       srun --mpi=pmix -n 32 slowmo train my.toml
       slowmo train my.toml --simulate 8
+      slowmo train my.toml -n 4 --resume runs/my-20261122-190448
+      srun --mpi=pmix slowmo train my.toml --resume auto
     """
     from .. import config as configuration
     from ..comm.launcher import launched
@@ -63,40 +91,72 @@ def train(config: str, overrides: tuple[str, ...], ranks: int | None, simulate: 
 
     size = ranks or simulate or (claim.size if claim else 1)
     for_algorithm(settings.base.algorithm, settings.base.topology, size)
+    if allowed and not resume:
+        raise UsageError("--allow-changed says something of --resume, which is missing.", "Add --resume RUN.")
+    if resume and resume != "auto" and not Path(resume).exists():
+        raise UsageError(f"There is no {resume} to go on from.", "Give a run folder, a checkpoint file, or auto.")
     if ranks:
         from ..launch import run
 
         flags = [f"--set={o}" for o in overrides] + (["--json"] if as_json else [])
+        flags += [f"--allow-changed={k}" for k in allowed] + ([f"--resume={resume}"] if resume else [])
         return run(ranks, ["train", *flags, "--", config])
 
     from .. import tasks
+    from ..stopping import Wish
 
-    tasks.check_options(settings.task.name, settings.task.options)
-    return _simulated(settings, simulate, as_json) if simulate else _rank(settings, as_json)
+    job = Job(settings, Wish(configuration.seconds(settings.run.stop_after)), resume or "", allowed)
+    with job.wish.listening():  # torch is imported below, and a signal may come before it is
+        tasks.check_options(settings.task.name, settings.task.options)
+        return _simulated(job, simulate, as_json) if simulate else _rank(job, as_json)
 
 
-def _simulated(settings: Config, ranks: int, as_json: bool) -> int:
+@dataclass
+class Job:
+    """What a rank is to do. folder: the run folder, once it is known."""
+
+    settings: Config
+    wish: Wish
+    resume: str
+    allowed: tuple[str, ...]
+    folder: Path | None = None
+
+    def run(self, comm: Endpoint) -> dict[str, Any]:
+        """Find what to go on from and the run folder, and train."""
+        from ..checkpoint.write import together
+        from ..resume import AUTO, checkpoint_of, unfinished
+        from ..runlog import make_folder, set_error_aside
+        from ..train import train
+
+        place, checkpoint = Path(self.resume) if self.resume else None, None
+        if self.resume == AUTO:
+            place = together(comm, lambda: unfinished(self.settings), only=0)[0]
+        if place is not None:
+            checkpoint = checkpoint_of(place, self.settings, self.allowed, comm, note)
+        if place is not None and place.is_dir():
+            folder = checkpoint.path.parent.parent if checkpoint else place
+            if comm.rank == 0:
+                set_error_aside(folder)
+        else:
+            folder = together(comm, lambda: make_folder(self.settings), only=0)[0]
+        self.folder = folder
+        return train(self.settings, comm, folder, Progress() if comm.rank == 0 else None, checkpoint, self.wish)
+
+
+def _simulated(job: Job, ranks: int, as_json: bool) -> int:
     from ..comm import simulate
-    from ..runlog import make_folder
-    from ..train import train
-
-    folder = make_folder(settings)
-
-    def program(comm: Endpoint) -> dict[str, Any]:
-        return train(settings, comm, folder, Progress() if comm.rank == 0 else None)
 
     try:
-        last = simulate(ranks, program)[0]
+        last = simulate(ranks, job.run)[0]
     except BaseException as error:
-        code = _failed(error, getattr(error, "rank", 0), ranks, folder)
+        code = _failed(error, getattr(error, "rank", 0), ranks, job.folder)
         if code == INTERRUPTED:
             os._exit(code)  # a rank's thread may still be inside torch, and Python would abort on the way out
         return code
-    _finish(folder, last, as_json)
-    return DONE
+    return _finish(job, last, as_json)
 
 
-def _rank(settings: Config, as_json: bool) -> int:
+def _rank(job: Job, as_json: bool) -> int:
     """One rank's run. An exception here ends the whole job, told once, by the first rank that fails.
 
     MPI_Abort hands the exit code to the launcher: Open MPI's mpirun and MPICH's end with it.
@@ -104,24 +164,19 @@ def _rank(settings: Config, as_json: bool) -> int:
     from ..comm import Communicator
     from ..comm.launcher import launched
     from ..launch import end_with_parent
-    from ..runlog import make_folder
-    from ..train import train
 
     if launched() is not None:
         end_with_parent()  # mpirun killed by SIGKILL would leave its ranks training
-    comm = Communicator(timeout=settings.comm.timeout)
-    folder: Path | None = None
+    comm = Communicator(timeout=job.settings.comm.timeout)
     try:
-        folder = Path(comm.gather(str(make_folder(settings)) if comm.rank == 0 else "")[0])
-        last = train(settings, comm, folder, Progress() if comm.rank == 0 else None)
-        if comm.rank == 0:
-            _finish(folder, last, as_json)
+        last = job.run(comm)
+        code = _finish(job, last, as_json) if comm.rank == 0 else STOPPED_EARLY if "stopped" in last else DONE
+        comm.barrier()  # some launchers end a job as soon as one rank ends with another code than 0
     except BaseException as error:
-        code = _failed(error, comm.rank, comm.size, folder)
+        code = _failed(error, comm.rank, comm.size, job.folder)
         if comm.size > 1:
             comm.abort(code)  # the others would wait for this rank
-        return code
-    return DONE
+    return code
 
 
 def _failed(error: BaseException, rank: int, ranks: int, folder: Path | None) -> int:
@@ -131,6 +186,8 @@ def _failed(error: BaseException, rank: int, ranks: int, folder: Path | None) ->
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     told = error if isinstance(error, SlowmoError) else _told(error, rank, ranks, folder)
+    if folder is None and rank > 0:
+        time.sleep(1.0 + rank / 10)  # most such errors are everybody's, and rank 0 tells them and ends the job
     if claim_error(folder, "".join(traceback.format_exception(error))):
         with contextlib.suppress(OSError):  # stderr may be closed, and the job must end all the same
             say(told)
@@ -154,11 +211,17 @@ def _told(error: BaseException, rank: int, ranks: int, folder: Path | None) -> S
     )
 
 
-def _finish(folder: Path, last: dict[str, Any], as_json: bool) -> None:
+def _finish(job: Job, last: dict[str, Any], as_json: bool) -> int:
+    """Tell how it ended, on rank 0; the exit code."""
+    folder = job.folder
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **last}))
+    if "stopped" in last:
+        note(f"stopped after step {last['step']} ({last['stopped']}), with a checkpoint; go on with --resume {folder}")
+        return STOPPED_EARLY
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in last.items() if k not in ("kind", "step", "epoch", "time_s", "consensus")
     )
     note(f"done in {last['time_s']:.0f} s{': test ' + metrics if metrics else ''}")
-    note(f"run folder: {folder} (manifest.json, config.toml, metrics.jsonl, model.pt)")
-    if as_json:
-        click.echo(json.dumps({"folder": str(folder), **last}))
+    note(f"run folder: {folder} (manifest.json, config.toml, metrics.jsonl, model.pt, checkpoints)")
+    return DONE

@@ -46,6 +46,20 @@ class Exchange:
         return self.received
 
 
+@dataclass
+class Gathering:
+    """An all-gather of equally long byte strings on its way; `wait` returns them by rank."""
+
+    comm: Endpoint
+    requests: list[Any]
+    collect: Callable[[], list[bytes]]
+
+    def wait(self) -> list[bytes]:
+        """Block, bounded by the communicator's timeout, until everybody's is here."""
+        self.comm._wait(self.requests, [], "agreement")
+        return self.collect()
+
+
 class Endpoint(ABC):
     """One rank's end of the job.
 
@@ -88,8 +102,8 @@ class Endpoint(ABC):
         """Let others run. False where it is certain that waiting longer cannot help."""
 
     @abstractmethod
-    def _gather_bytes(self, mine: bytes) -> list[bytes]:
-        """All-gather of equally long byte strings, by rank."""
+    def gather_later(self, mine: bytes) -> Gathering:
+        """Post an all-gather of byte strings that are equally long on every rank."""
 
     @abstractmethod
     def abort(self, code: int) -> None:
@@ -172,14 +186,10 @@ class Endpoint(ABC):
     def gather(self, value: T) -> list[T]:
         """Everybody's `value` (any small picklable thing), by rank, on every rank."""
         data = pickle.dumps(value)
-        sizes = self._timed(lambda: self._gather_bytes(len(data).to_bytes(8, "little")))
+        sizes = self._timed(lambda: self.gather_later(len(data).to_bytes(8, "little")).wait())
         lengths = [int.from_bytes(size, "little") for size in sizes]
-        padded = self._timed(lambda: self._gather_bytes(data.ljust(max(lengths), b"\0")))
+        padded = self._timed(lambda: self.gather_later(data.ljust(max(lengths), b"\0")).wait())
         return [pickle.loads(b[:n]) for b, n in zip(padded, lengths, strict=True)]
-
-    def agree(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on any: the way to decide something together."""
-        return any(self.gather(bool(flag)))
 
     def barrier(self) -> None:
         """Return once every rank has called it."""

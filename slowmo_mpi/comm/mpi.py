@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SlowmoError, UsageError
-from .core import Endpoint
+from .core import Endpoint, Gathering
 from .launcher import launched, load_mpi
 
 SPIN_S = 2e-4  # a wait this short is spent polling; a longer one gives the core away
@@ -108,11 +108,14 @@ class Communicator(Endpoint):
             time.sleep(SLEEP_S)
         return True
 
-    def _gather_bytes(self, mine: bytes) -> list[bytes]:
+    def gather_later(self, mine: bytes) -> Gathering:
         everybody = bytearray(len(mine) * self.size)
         request = self._mpi.Iallgather([mine, self._MPI.BYTE], [everybody, self._MPI.BYTE])
-        self._wait([_Request(request, torch.empty(0))], [], "agreement")
-        return [bytes(everybody[i * len(mine) : (i + 1) * len(mine)]) for i in range(self.size)]
+
+        def collect() -> list[bytes]:
+            return [bytes(everybody[i * len(mine) : (i + 1) * len(mine)]) for i in range(self.size)]
+
+        return Gathering(self, [_Request(request, torch.empty(0))], collect)
 
     def abort(self, code: int) -> None:
         self._mpi.Abort(code)

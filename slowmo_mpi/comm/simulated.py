@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import Endpoint
+from .core import Endpoint, Gathering
 
 
 @dataclass
@@ -33,6 +33,15 @@ class _Receive:
     target: int
     tag: int
     delivered: bool = False
+
+
+@dataclass
+class _Gather:
+    values: list[bytes | None]
+
+    @property
+    def delivered(self) -> bool:
+        return None not in self.values
 
 
 class _Aborted(BaseException):
@@ -114,16 +123,14 @@ class SimulatedCommunicator(Endpoint):
         self._world.take(self.rank)
         return self._world.activity != before
 
-    def _gather_bytes(self, mine: bytes) -> list[bytes]:
+    def gather_later(self, mine: bytes) -> Gathering:
         number, self._gathers = self._gathers, self._gathers + 1
         values = self._world.gathered.setdefault(number, [None] * self.size)
         values[self.rank] = mine
         self._world.activity += 1
-        while any(v is None for v in values):
-            if not self._pause(0.0):
-                raise self._timed_out(0.0, [i for i, v in enumerate(values) if v is None], "agreement")
-        self._world.gathered.pop(number - 2, None)  # everybody has left a gather once all are in the next
-        return [v for v in values if v is not None]
+        if None not in values:
+            del self._world.gathered[number]  # everybody holds it
+        return Gathering(self, [_Gather(values)], lambda: [v for v in values if v is not None])
 
     def abort(self, code: int) -> None:
         raise _Aborted

@@ -19,10 +19,16 @@ class Shards:
 
     So in step k the m ranks together see what one rank with batches of m b would see, whatever the
     algorithm; the N - m b steps_per_epoch samples left over differ from epoch to epoch.
+
+    start: (step, epoch, position), where a run of perhaps another number of ranks left off: global step `step` is
+    the first, and `position` samples of that epoch are used. What is left of the epoch is (N - position) // (m b)
+    steps. `at(step)` tells epoch and position, to go on from; with as many ranks it is as if it had not ended.
     Raises UsageError when there are fewer than m b samples.
     """
 
-    def __init__(self, samples: int, ranks: int, rank: int, batch_size: int, seed: int):
+    def __init__(
+        self, samples: int, ranks: int, rank: int, batch_size: int, seed: int, start: tuple[int, int, int] = (0, 0, 0)
+    ):
         if batch_size < 1:
             raise UsageError(f"task.batch_size = {batch_size} is not positive.", "Set task.batch_size to 1 or more.")
         if not 0 <= rank < ranks:
@@ -38,24 +44,40 @@ class Shards:
                 if samples >= ranks
                 else f"Start {samples} ranks or fewer.",
             )
+        self._first, self._first_epoch, self._first_position = start
+        self._first_steps = (samples - self._first_position) // (ranks * batch_size)  # in what is left of that epoch
         self._epoch = -1
-        self._order = np.empty((0, batch_size), np.int64)  # (steps_per_epoch, b), of this rank in the epoch
+        self._order = np.empty(0, np.int64)  # of the epoch's samples
 
-    def epoch(self, step: int) -> int:
-        """The epoch that global step `step` belongs to, from 0."""
-        return step // self.steps_per_epoch
+    def at(self, step: int) -> tuple[int, int]:
+        """The epoch, from 0, that global step `step` belongs to, and how many of its samples were used before."""
+        k = step - self._first
+        if k < 0:
+            raise ValueError(f"step {step} is before the first, {self._first}")
+        if k < self._first_steps:
+            return self._first_epoch, self._first_position + k * self.ranks * self.batch_size
+        epochs, k = divmod(k - self._first_steps, self.steps_per_epoch)
+        return self._first_epoch + 1 + epochs, k * self.ranks * self.batch_size
+
+    def time(self, step: int) -> float:
+        """Epochs done before global step `step`."""
+        epoch, position = self.at(step)
+        return (epoch * self.steps_per_epoch + position / (self.ranks * self.batch_size)) / self.steps_per_epoch
+
+    def steps(self, epochs: int) -> int:
+        """The global step at which so many epochs are done."""
+        if epochs <= self._first_epoch:
+            return self._first
+        return self._first + self._first_steps + (epochs - self._first_epoch - 1) * self.steps_per_epoch
 
     def indices(self, step: int) -> Tensor:
         """This rank's samples at global step `step`, from 0: int64, (b,)."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        epoch, k = divmod(step, self.steps_per_epoch)
+        epoch, position = self.at(step)
         if epoch != self._epoch:
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-            used = generator.permutation(self.samples)[: self.steps_per_epoch * self.ranks * self.batch_size]
-            by_rank = used.reshape(self.steps_per_epoch, self.ranks, self.batch_size)
-            self._order, self._epoch = by_rank[:, self.rank].astype(np.int64), epoch
-        return torch.from_numpy(self._order[k].copy())
+            self._order, self._epoch = generator.permutation(self.samples).astype(np.int64), epoch
+        mine = position + self.rank * self.batch_size
+        return torch.from_numpy(self._order[mine : mine + self.batch_size].copy())
 
 
 def share(samples: int, ranks: int, rank: int) -> range:
