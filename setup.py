@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["slowmo_mpi", "slowmo_mpi.*"]),
-    package_data={"slowmo_mpi": ["py.typed"]},
+    package_data={"slowmo_mpi": ["py.typed", "checkpoint/FORMAT.md"]},
     data_files=[("share/slowmo-mpi/topologies", GRAPHS)],
     install_requires=[
         "click>=8.1",

@@ -17,7 +17,10 @@ from .topology import Topology, for_algorithm
 
 @dataclass(frozen=True)
 class Plan:
-    """Per rank, unless said otherwise. Bytes count payload, not headers; `*_bytes_per_step` are means over a round."""
+    """Per rank, unless said otherwise; `checkpoint_bytes` is a whole file, in mid-round.
+
+    Bytes count payload, not headers; `*_bytes_per_step` are means over a round.
+    """
 
     ranks: int
     parameters: int
@@ -31,6 +34,7 @@ class Plan:
     allreduce_bytes_per_step: float
     steps: int | None
     rounds: int | None
+    checkpoint_bytes: int
     topology: str | None
     spectral_gap: float | None
     steps_to_average: int | None
@@ -84,6 +88,7 @@ def plan(config: Config, ranks: int) -> Plan:
         allreduce_bytes_per_step=ring * n,
         steps=steps,
         rounds=steps // slow.tau if steps and slow.tau else None,
+        checkpoint_bytes=_checkpoint_bytes(config, ranks, n, optimizer_bytes, buffers, 2 * wide if slow.tau else 0),
         topology=config.base.topology if graph else None,
         spectral_gap=1 - graph.contraction if graph else None,
         steps_to_average=graph.steps_to_average() if graph else None,
@@ -103,6 +108,14 @@ def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int) -> f
         delay = max(1, config.base.delay) if config.base.algorithm == "osgp" else 1
         posted = math.ceil((slow.tau - delay) / delay) / slow.tau if slow.tau > delay else 0.0
     return peers * posted * (n + 8)
+
+
+def _checkpoint_bytes(config: Config, ranks: int, model: int, optimizer: int, buffers: int, slow: int) -> int:
+    """A row per rank of what differs between workers, and once what is the same on all."""
+    rows = 1 if config.base.algorithm == "allreduce" else ranks
+    slow_rows = ranks if config.slowmo.average == "none" else 1
+    packet = model if config.base.algorithm == "osgp" and config.base.delay > 1 else 0
+    return rows * (model + optimizer + packet) + ranks * buffers + slow_rows * slow
 
 
 def _steps(config: Config, task: tasks.Task, ranks: int) -> int | None:

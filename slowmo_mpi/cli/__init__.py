@@ -28,7 +28,7 @@ def slowmo() -> None:
     """Train PyTorch models over MPI with SlowMo, gossip and local steps.
 
     Data goes to stdout, everything else to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage or
-    configuration; 3 a check found a fault; 130 Ctrl-C.
+    configuration; 3 a check found a fault; 75 stopped early with a checkpoint, run again; 130 Ctrl-C.
 
     \b
     Example:

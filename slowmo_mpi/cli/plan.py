@@ -40,6 +40,7 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         ("sent per rank and step", f"{size(base + outer)} ({size(base)} base, {size(outer)} outer step)"),
         ("  AllReduce-SGD would send", size(p.allreduce_bytes_per_step)),
     ]
+    rows.append(("checkpoint", f"{size(p.checkpoint_bytes)} in mid-round, all ranks together"))
     if p.steps is not None:
         rounds = f", {p.rounds:,} rounds" if p.rounds is not None else ""
         rows.append(("steps", f"{p.steps:,}{rounds}"))

@@ -23,6 +23,8 @@ Rules for a factory:
 - Draw the model's weights from torch's global generator, and seed nothing global: the caller has forked the
   generator and seeded it alike on every rank, so that all ranks start from one point.
 - Whatever else is random comes from `context.seed`, and from `context.rank` where ranks are to differ.
+- What moves between steps and is not in model or optimizer (a generator, a curriculum) goes into a checkpoint if the
+  task has `state_dict()` and `load_state_dict(state)`: numbers, text, tensors, and lists and dictionaries of them.
 - Load data at the first use of `train` or `test` (a property), not in the factory: `slowmo plan` builds the
   model on machines that have no data.
 
