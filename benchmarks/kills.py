@@ -150,15 +150,15 @@ def main() -> None:
             (folder / "my.toml").write_text(config)
             counted["runs"] += 1
             while not finished(folder):
-                kill = counted["kills"] < wanted.kills
-                if kill:
+                lives = set((folder / "runs").glob("*")) if any((folder / "runs").glob("*/checkpoints/*.h5")) else None
+                if counted["kills"] < wanted.kills:
                     life(folder, environment | {MARK: str(folder)}, draw, counted)
                 else:
                     done = [*command("--resume", "auto")]
                     subprocess.run(done, cwd=folder, env=environment, check=True, capture_output=True)
                 counted["checkpoints proved"] += prove(folder)
+                assert lives in (None, set((folder / "runs").glob("*"))), "it started anew, though it had a checkpoint"
                 print(json.dumps(counted), flush=True)
-            assert len(list((folder / "runs").iterdir())) >= 1
             a, b = final(whole), final(folder)
             assert all(torch.equal(a[k], b[k]) for k in a), "the model is not the uninterrupted run's"
             counted["models equal to the bit"] += 1

@@ -65,8 +65,11 @@ def mpirun_command(ranks: int, program: list[str], mpirun: str | None = None) ->
                 f"ranks per core ({RANKS_PER_CORE * cores}) is the limit outside a scheduler's allocation.",
                 f"Type -n {RANKS_PER_CORE * cores} or less, or --simulate {ranks} for as many in one process.",
             )
-        if "Open MPI" in mpirun_version(mpirun) and ranks > cores:
-            flags = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        if "Open MPI" in mpirun_version(mpirun):
+            # Open MPI binds two ranks or fewer to one core each, however many there are, and with them the thread that
+            # writes checkpoints; a rank's share of the cores is set by its number of threads.
+            flags = ["--map-by", ":OVERSUBSCRIBE"] if ranks > cores else []
+            flags += ["--bind-to", "none"]
     return [mpirun, *flags, "-n", str(ranks), *program]
 
 

@@ -34,12 +34,11 @@ from slowmo_mpi import DPSGD, OSGP, SGP, AllReduce, Checkpoints, Local, SlowMo, 
 from slowmo_mpi.bases import Base
 from slowmo_mpi.checkpoint import hdf5, store, write
 from slowmo_mpi.checkpoint.read import Checkpoint
-from slowmo_mpi.checkpoint.store import newest
 from slowmo_mpi.comm import Endpoint
 
-STEPS = 11
-TAU = 5
-POSITIONS = (5, 7)  # a round's boundary; in a round, where OSGP(delay=3) has a message of age 2 in flight
+STEPS = 9
+TAU = 4
+POSITIONS = (4, 6)  # a round's boundary; in a round, where OSGP(delay=3) has a message of age 2 in flight
 BASES = [AllReduce(), Local(), DPSGD(), SGP(), OSGP(), OSGP(delay=3)]
 OPTIMIZERS = [
     (torch.optim.SGD, {"momentum": 0.9}),
@@ -197,10 +196,11 @@ def goes_on(comm: Endpoint, folder: str, kinds: list[str], base: Base, kind, arg
         run = Run(comm, base, slow, kind, arguments)
         layout, late = kinds[i % len(kinds)], bool(i // 2 % 2)
         checkpoints = Checkpoints(run.worker, here, keep=9, layout=layout, asynchronous=late)
+        ages = []
         for at in POSITIONS:
             checkpoints.save(run.train(at).extra())
-        if base == OSGP(delay=3):
-            assert run.worker.state.in_flight and run.worker.state.in_flight.age > 0
+            ages.append(run.worker.state.in_flight.age if run.worker.state.in_flight else 0)
+        assert max(ages) > 0 or base != OSGP(delay=3)
         whole = run.train(STEPS).end()
         checkpoints.wait()
         if not i and kind is torch.optim.SGD:  # to save is to change nothing
@@ -427,7 +427,7 @@ def belongings(rank: int) -> dict[str, Any]:
         "nothing": None, "yes": True, "no": False, "whole": 2**70 + rank, "text": 'Ünï "quoted"\n\0/$', "empty": "",
         "numbers": [0.1 + rank, -0.0, math.inf, -math.inf, math.nan, 1e-320],
         "nested": {"tuple": (1, (2.5, [None, {"deep": ()}])), "list": [[], {}], "": "no name", "a/b": 1},
-        "by number": {1: "one", (2, "x"): [2], None: 0, True: 1.0}, "dollar": {"$tensor": 1, "$tuple": [2]},
+        "by number": {1: "one", (2, "x"): [2], None: 0, 2.5: 1.0}, "dollar": {"$tensor": 1, "$tuple": [2]},
         "bytes": bytes(range(256)), "no bytes": b"",
         "array": np.arange(6.0).reshape(2, 3).T + rank, "bits": np.array([True, False]), "0-d": np.array(3, np.int16),
         "unsigned": np.array([2**64 - 1 - rank], np.uint64), "no numbers": np.zeros((0, 2), np.float32),
@@ -489,8 +489,8 @@ def test_extra_comes_back_as_it_was(world: Real | Simulated, tmp_path: Path) -> 
     [
         (object(), "a object (extra/deep/1/here)"), (torch.eye(2).to_sparse(), "torch.sparse_coo"),
         (torch.ones(2, dtype=torch.complex128), "torch.complex128"), ({1, 2}, "a set"), (1j, "a complex"),
-        (np.array(["text"]), "a ndarray"), (np.array([1j]), "a ndarray"), 
-        (np.array([1.0], ">f8"), "a numpy array of >f8"), (print, "a builtin_function_or_method"), (Path("x"), "a PosixPath"),
+        (np.array(["text"]), "a ndarray"), (np.array([1j]), "a ndarray"),
+        (np.array([1.0], ">f8"), "a numpy array of >f8"), (print, "a builtin_function"), (Path("x"), "a PosixPath"),
     ],
     ids=lambda x: x.split()[-1] if isinstance(x, str) else "",
 )  # fmt: skip
@@ -498,10 +498,10 @@ def test_what_cannot_be_stored_is_refused_by_its_place(thing: object, words: str
     def program(comm: Endpoint) -> list[str]:
         worker, extra = small(comm), {"deep": [1, {"here": thing}]}
         checkpoints = Checkpoints(worker, tmp_path)
-        return [message_of(comm, lambda _: save(extra)) for save in (checkpoints.save, worker_save(worker))]
-
-    def worker_save(worker: SlowMo) -> Callable[[dict], None]:
-        return lambda extra: worker.save(tmp_path / "x.h5", extra)
+        return [
+            message_of(comm, lambda _: checkpoints.save(extra)),
+            message_of(comm, lambda _: worker.save(tmp_path / "x.h5", extra)),
+        ]
 
     for message in itertools.chain.from_iterable(simulate(2, program)):
         assert words in message and "(extra/deep/1/here)" in message, message
@@ -681,6 +681,38 @@ def test_what_a_killed_writer_left_is_removed_and_what_others_put_there_is_not(t
     assert simulate(2, goes_on) == [(set(), 1)] * 2
 
 
+@pytest.mark.xfail(strict=True, reason="Checkpoints._prune takes every step-*.h5 for its own")
+def test_a_copy_under_a_name_without_a_step_stays(tmp_path: Path) -> None:
+    def program(comm: Endpoint) -> None:
+        worker = small(comm)
+        checkpoints = Checkpoints(worker, tmp_path, keep=1)
+        path = checkpoints.save()
+        if comm.rank == 0:
+            shutil.copy(path, tmp_path / "step-best.h5")
+        train_small(worker, 1)
+        checkpoints.save()
+
+    simulate(2, program)
+    assert sorted(p.name for p in tmp_path.glob("*.h5")) == ["step-00000001.h5", "step-best.h5"]
+
+
+@pytest.mark.xfail(strict=True, reason="Checkpoints._prune keeps the highest steps, not what was written last")
+def test_who_goes_back_in_time_keeps_what_is_written_from_there(tmp_path: Path) -> None:
+    def program(comm: Endpoint) -> bool:
+        worker = small(comm)
+        checkpoints = Checkpoints(worker, tmp_path, keep=2, keep_every=2)
+        for _ in range(3):
+            train_small(worker, 2)
+            checkpoints.save()
+        checkpoints.load(tmp_path / "step-00000002.h5")
+        train_small(worker, 1)
+        path = checkpoints.save()
+        comm.barrier()
+        return path.exists()
+
+    assert simulate(2, program) == [True, True]
+
+
 # ---- faults when writing ----
 @contextlib.contextmanager
 def limited(limit: int) -> Iterator[None]:
@@ -694,12 +726,29 @@ def limited(limit: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def broken(module: Any, name: str, code: int, words: str) -> Iterator[None]:
-    """While in the block, calls of the function fail as those of the system do; "shard": only those for shard files."""
+def crowded() -> Iterator[None]:
+    """This process can open no other file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def broken(module: Any, name: str, code: int) -> Iterator[None]:
+    """While in the block, a function fails as the system's do."""
     kept = getattr(module, name)
 
-    def fails(path: Any, *_: Any) -> None:
-        raise OSError(code, os.strerror(code), words)
+    def fails(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
 
     setattr(module, name, fails)
     try:
@@ -711,23 +760,23 @@ def broken(module: Any, name: str, code: int, words: str) -> Iterator[None]:
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no room for the head": (lambda: limited(3000), "File too large"),
     "no room for the data": (lambda: limited(200_000), "File too large"),
-    "full disk": (lambda: broken(os, "posix_fallocate", errno.ENOSPC, "it"), "No space left on device"),
-    "disk error": (lambda: broken(write, "sync", errno.EIO, "it"), "Input/output error"),
-    "no rename": (lambda: broken(os, "replace", errno.EACCES, "it"), "Permission denied"),
-    "no seal": (lambda: broken(write, "seal", errno.EDQUOT, "it"), os.strerror(errno.EDQUOT)),
+    "no descriptors": (crowded, "Too many open files"),
+    "full disk": (lambda: broken(os, "posix_fallocate", errno.ENOSPC), "No space left on device"),
+    "disk error": (lambda: broken(os, "fsync", errno.EIO), "Input/output error"),
+    "no rename": (lambda: broken(os, "replace", errno.EACCES), "Permission denied"),
+    "no seal": (lambda: broken(write, "seal", errno.EDQUOT), os.strerror(errno.EDQUOT)),
 }
 
 
-def cannot_write(comm: Endpoint, folder: str, layout: str, fault: str, on: list[int]) -> tuple[str, float, bool, bool]:
-    """(the error of a second save under a fault on some ranks, seconds, only the first is there, and all is well)."""
+def cannot_write(comm: Endpoint, folder: str, layout: str, fault: str, on: list[int]) -> tuple[str, bool, bool]:
+    """(the error of a second save under a fault on some ranks, only the first is there, and all is well)."""
     worker = train_small(small(comm, width=20_000), 1)
     checkpoints = Checkpoints(worker, folder, layout=layout, asynchronous=False)
     first = checkpoints.save()
     train_small(worker, 1)
-    begun = time.perf_counter()
     with FAULTS[fault][0]() if comm.rank in on else contextlib.nullcontext():
         message = message_of(comm, lambda _: checkpoints.save())
-    took = time.perf_counter() - begun
+    comm.barrier()  # rank 0 tidies up
     names = {p.name.partition(".shards-")[0] for p in Path(folder).iterdir()}
     alone = names == {first.name, *([first.stem] if layout == "shards" else [])}
     comm.barrier()
@@ -739,7 +788,7 @@ def cannot_write(comm: Endpoint, folder: str, layout: str, fault: str, on: list[
             checkpoint.prove()
         other.load(path)
         well = well and other.state.step == step
-    return message, took, alone, well
+    return message, alone, well
 
 
 @pytest.fixture(scope="module")
@@ -755,27 +804,53 @@ def frail() -> Iterator[Real]:
 @pytest.mark.parametrize(
     "fault, on",
     [
-        ("no room for the head", [0, 1]), ("no room for the head", [0]), ("no room for the data", [0, 1]),
-        ("no room for the data", [0]), ("full disk", [0, 1]), ("full disk", [0]), ("disk error", [1]),
-        ("disk error", [0]), ("no rename", [0]), ("no seal", [0]),
+        *((fault, on) for fault in list(FAULTS)[:2] for on in ([0, 1], [0], [1])),
+        ("no descriptors", [1]), ("full disk", [0, 1]), ("full disk", [0]), ("disk error", [1]), ("disk error", [0]),
+        ("no rename", [0]), ("no seal", [0]),
     ],
 )  # fmt: skip
 def test_a_fault_on_any_rank_is_an_error_on_all_and_leaves_what_was_there(
     frail: Real, layout: str, fault: str, on: list[int], tmp_path: Path
 ) -> None:
-    got = frail.run(cannot_write, str(tmp_path), layout, fault, on)
-    assert len({message for message, *_ in got}) == 1
-    for message, took, alone, well in got:
-        assert message.startswith("The checkpoint") and "cannot be written" in message, message
-        assert FAULTS[fault][1] in message, message
-        assert took < 10 and alone and well
+    fails(frail, tmp_path, layout, fault, on)
 
 
-@pytest.mark.parametrize("fault", ["no room for the head", "no room for the data", "full disk", "no seal"])
+@pytest.mark.parametrize("fault", ["full disk", "no seal"])
 def test_one_rank_that_cannot_write_its_shard_is_an_error_on_all(frail: Real, fault: str, tmp_path: Path) -> None:
-    got = frail.run(cannot_write, str(tmp_path), "shards", fault, [1])
-    assert got[0][0] == got[1][0] and FAULTS[fault][1] in got[0][0]
-    assert all(took < 10 and alone and well for _, took, alone, well in got)
+    fails(frail, tmp_path, "shards", fault, [1])
+
+
+def fails(world: Real, folder: Path, layout: str, fault: str, on: list[int]) -> None:
+    got = world.run(cannot_write, str(folder), layout, fault, on)
+    assert len({message for message, *_ in got}) == 1
+    for message, alone, well in got:
+        assert message.startswith("The checkpoint") and "cannot be written" in message, message
+        assert FAULTS[fault][1] in message and str(folder) in message, message
+        assert alone and well
+
+
+def overwrites(comm: Endpoint, folder: str, fault: str) -> tuple[str, list[int], int]:
+    """The error of a save onto a former file, the steps that load before and after one that works, and its folders."""
+    path, worker, other = Path(folder) / "x.h5", train_small(small(comm), 1), small(comm, seed=1)
+    worker.save(path)
+    train_small(worker, 1)
+    with FAULTS[fault][0]() if comm.rank == 0 else contextlib.nullcontext():
+        message = message_of(comm, lambda _: worker.save(path))
+    steps = []
+    for _ in range(2):
+        other.load(path)
+        steps.append(other.state.step)
+        worker.save(path)
+    return message, steps, len([p for p in Path(folder).iterdir() if p != path])
+
+
+@pytest.mark.parametrize("fault", ["no room for the head", "no seal", "no rename"])
+@pytest.mark.parametrize("ranks", ["real", "simulated"])
+def test_a_fault_leaves_the_former_file_of_that_name(frail: Real, ranks: str, fault: str, tmp_path: Path) -> None:
+    got = (frail if ranks == "real" else Simulated(2)).run(overwrites, str(tmp_path), fault)
+    for message, steps, folders in got:
+        assert FAULTS[fault][1] in message and steps == [1, 2]
+        assert folders == (0 if ranks == "real" and "parallel" in layouts() else 1)
 
 
 def nowhere(comm: Endpoint, folder: str) -> list[str]:
@@ -820,7 +895,8 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.parametrize(
-    "options, words", [("ro,size=9m", "Read-only file system"), ("size=256k", "are free"), ("size=1028k", "o space")]
+    "options, words",
+    [("ro,size=9m", "Read-only file system"), ("size=256k", "are free"), ("size=968k", "No space left on device")],
 )
 def test_a_disk_that_is_full_or_read_only(frail: Real, mounted, options: str, words: str) -> None:
     """The largest has room for the data, but not for what HDF5 puts around it."""
@@ -829,3 +905,170 @@ def test_a_disk_that_is_full_or_read_only(frail: Real, mounted, options: str, wo
     for message in got[0]:
         assert words in message and str(folder) in message, message
     assert got[1] == got[0] and not list(folder.iterdir())
+
+
+# ---- the file as others see it ----
+READER = """
+import json, sys
+import h5py, numpy as np
+
+def parameter(vector, i):  # of a flat vector, by the tables in layout/
+    start, shape, strides = file["layout/start"][i], *(json.loads(file[f"layout/{k}"][i]) for k in ("shape", "strides"))
+    data = vector[start:]
+    return np.lib.stride_tricks.as_strided(data, shape, [data.itemsize * s for s in strides]).tolist()
+
+with h5py.File(sys.argv[1], "r") as file:
+    found = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
+    ranks = found["ranks"]
+    for i, name in enumerate(file["layout/name"].asstr()):
+        kind = file["layout/vector"].asstr()[i]
+        for group in ("z", "anchor", "u"):
+            data = file[group][kind]
+            rows = [data[r] if data.ndim == 2 else data[:] for r in range(ranks)]
+            found[f"{group} {name}"] = [parameter(row, i) for row in rows]
+    virtual = {n: file[n].is_virtual for n in ("z/float32", "anchor/float32", "u/float32")}
+    found["sources"] = {n: [s.file_name for s in file[n].virtual_sources()] for n in virtual if virtual[n]}
+assert not any(name.startswith("slowmo") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+def made(comm: Endpoint, folder: str, layout: str, sharded: bool) -> dict[str, list]:
+    """z, anchor and u of each parameter, of which a file was written in the middle of a round."""
+    worker = train_small(small(comm, tau=2, sharded=sharded), 3)
+    Checkpoints(worker, folder, layout=layout, asynchronous=False, config="[run]").save({"mine": torch.ones(3)})
+    s, comm = worker.state, worker.comm
+    found = {}
+    for group, vector in (("z", s.z[0]), ("anchor", s.slow[0].x0), ("u", s.slow[0].u)):
+        if sharded and group != "z":
+            whole = torch.empty_like(s.z[0])
+            whole[worker.share_of(whole)] = vector
+            vector = comm.all_gather_(whole)
+        for entry, view in zip(s.flat.entries, s.flat.views([vector]), strict=True):
+            found[f"{group} {entry.name}"] = view.tolist()
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("world", ["mpi-3", "simulated-3"], indirect=True)
+def test_h5py_alone_reads_what_is_in_it(world: Real | Simulated, sharded: bool, tmp_path: Path) -> None:
+    for kind in layouts() if isinstance(world, Real) else ["shards"]:
+        wanted = world.run(made, str(tmp_path / kind), kind, sharded)
+        (path,) = (tmp_path / kind).glob("*.h5")
+        command = [sys.executable, "-c", READER, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert wanted[0].keys() <= found.keys() and len(wanted[0]) == 12
+        for name in wanted[0]:
+            assert found[name] == [w[name] for w in wanted], name
+        assert len({str(w["z 0.weight"]) for w in wanted}) == world.ranks
+        known = {"step": 3, "round": 1, "ranks": world.ranks, "layout": kind, "format": 1, "config": "[run]"}
+        assert known.items() <= found.items()
+        shards = {f"rank-{r:05}.h5" for r in range(world.ranks)}
+        for files in found["sources"].values():
+            assert {Path(f).name for f in files} == shards and not any(Path(f).is_absolute() for f in files)
+        assert len(found["sources"]) == (3 if kind == "shards" else 0)
+
+
+STRIPE = 1 << 20
+
+
+def striped(comm: Endpoint, folder: str, layout: str) -> tuple[list, list[str]]:
+    """As on Lustre: (dataset, its dimensions, rank, offset, bytes) of every slab; and what differs once it is read."""
+    place, write._place = write._place, lambda *_: STRIPE
+    try:
+        worker = train_small(small(comm, width=150_001), 2)
+        path = Checkpoints(worker, folder, layout=layout, asynchronous=False).save()
+    finally:
+        write._place = place
+    with Checkpoint(path) as checkpoint:
+        checkpoint.prove()
+        slabs = [
+            (s.dataset, len(checkpoint.datasets[s.dataset][1]), s.rank, *s.extents[0]) for _, s in checkpoint.slabs()
+        ]
+    other = small(comm, width=150_001, seed=1)
+    other.load(path)
+    before, after = snapshot(worker), snapshot(other)
+    return slabs, differ(before, after)
+
+
+@pytest.mark.parametrize("world", ["mpi-3"], indirect=True)
+def test_rows_start_at_a_stripe_of_the_file_system(world: Real, layout: str, tmp_path: Path) -> None:
+    got = world.run(striped, str(tmp_path), layout)
+    assert all(different == [] for _, different in got)
+    long = [(name, rank, at, rows) for name, rows, rank, at, size in got[0][0] if size >= STRIPE]
+    assert {rank for _, rank, *_ in long} == {0, 1, 2}
+    assert {name for name, *_ in long} == {"z/float32", "optimizer/momentum_buffer/float32"}
+    assert all(at % STRIPE == 0 and rows == 2 for *_, at, rows in long)
+    begins = {
+        name: at for name, _, rank, at, size in got[0][0] if rank == 0 and name in ("anchor/float32", "u/float32")
+    }
+    assert len(begins) == 2 and (layout == "shards" or all(at % STRIPE == 0 for at in begins.values()))
+
+
+def test_names_that_are_long_when_they_are_told(tmp_path: Path) -> None:
+    """The seal names its shards in ASCII, six characters for each of these."""
+    path = tmp_path / f"{'ж' * 80}.h5"
+
+    def program(comm: Endpoint) -> int:
+        train_small(small(comm), 1).save(path)
+        worker = small(comm)
+        worker.load(path)
+        return worker.state.step
+
+    assert simulate(8, program) == [1] * 8
+
+
+# ---- the newest whole one ----
+def damage(path: Path) -> None:
+    """Change one byte in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def takes_newest(comm: Endpoint, folder: str) -> tuple[int, list[str], str]:
+    """The step that is gone on from (-1: none), what was noted, and the error."""
+    worker, notes = small(comm, seed=3), []
+    message = message_of(comm, lambda _: Checkpoints(worker, folder).load(note=notes.append))
+    return worker.state.step if not message else -1, notes, message
+
+
+def saves_steps(comm: Endpoint, folder: str, steps: int, layout: str) -> None:
+    worker = small(comm)
+    checkpoints = Checkpoints(worker, folder, keep=99, layout=layout, asynchronous=False)
+    for _ in range(steps):
+        checkpoints.save()
+        train_small(worker, 1)
+
+
+@pytest.mark.parametrize("world", ["mpi-2", "simulated-3"], indirect=True)
+def test_a_damaged_newest_one_is_passed_over_and_told(world: Real | Simulated, tmp_path: Path) -> None:
+    for kind in layouts() if isinstance(world, Real) else ["auto"]:
+        folder = tmp_path / kind
+        world.run(saves_steps, str(folder), 4, kind)
+        damage(folder / "step-00000003.h5")
+        shards = sorted(folder.glob("step-00000002.shards-*/*"))
+        damage(shards[-1] if shards else folder / "step-00000002.h5")
+        got = world.run(takes_newest, str(folder))
+        assert [(step, message) for step, _, message in got] == [(1, "")] * world.ranks
+        assert [len(notes) for _, notes, _ in got] == [2] + [0] * (world.ranks - 1)
+        for step, note in zip((3, 2), got[0][1], strict=True):
+            assert f"step-{step:08}" in note and "is not usable" in note and note.endswith("Trying the one before.")
+        damage(folder / "step-00000001.h5")
+        (folder / "step-00000000.h5").write_bytes(b"")
+        for step, _, message in world.run(takes_newest, str(folder)):
+            assert step == -1 and f"No checkpoint in {folder} is whole" in message and "step-00000003.h5" in message
+
+
+@pytest.mark.parametrize("world", ["mpi-2", "simulated-3"], indirect=True)
+def test_where_there_is_none_it_is_told_on_all_ranks(world: Real | Simulated, tmp_path: Path) -> None:
+    for place, words in ((tmp_path, "has no checkpoint"), (tmp_path / "no", "There is no")):
+        got = world.run(takes_newest, str(place))
+        assert all(step == -1 and words in message and str(place) in message for step, _, message in got)
+
+
+def test_simulated_ranks_have_no_parallel_layout(tmp_path: Path) -> None:
+    with pytest.raises(SlowmoError, match="simulated ranks"):
+        simulate(2, saves_steps, str(tmp_path), 1, "parallel")

@@ -358,6 +358,18 @@ def test_a_run_that_was_killed_goes_on(
     assert steps == list(range(5, 1201, 5))
 
 
+def test_kills(mpirun: str, tmp_path: Path) -> None:
+    """The short form of benchmarks/kills.py: SIGKILL for one rank or all, while checkpoints are being written."""
+    script = Path(__file__).parent.parent / "benchmarks" / "kills.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "4", "--steps", "60"], capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert counted["kills"] == 4 and counted["models equal to the bit"] >= 1 and counted["checkpoints proved"] >= 4
+
+
 def test_mistakes_with_resume(here: Path, environment: dict[str, str], mpirun: str) -> None:
     ended = run(command("-n", "--resume", "absent"), environment)
     assert ended.code == USAGE

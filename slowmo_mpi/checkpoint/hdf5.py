@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 from ..comm.launcher import load_mpi
@@ -11,6 +12,7 @@ from ..errors import SlowmoError
 
 def load() -> Any:
     """h5py. A parallel build needs mpi4py's MPI loaded first; a command on a login node must not start it."""
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # not every parallel file system has locks; names do
     with contextlib.suppress(SlowmoError):  # a serial h5py does without
         load_mpi(start=False)
     import h5py

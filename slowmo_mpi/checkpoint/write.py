@@ -13,13 +13,17 @@ Whatever fails on any rank is an error on all of them, and leaves what was there
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +38,7 @@ from .tree import Packed, dtype_of, to_stored
 
 T = TypeVar("T")
 WRITE_BYTES = 1 << 29  # of one call: some MPI-IOs count in 32 bits
+BLOCK_BYTES = 4096
 ALIGN_LIMIT_BYTES = 16 << 20
 PART = ".part"  # behind the name of a file that is being written
 SHARDS = ".shards-"  # see shards_of
@@ -86,24 +91,25 @@ def write(
     texts = [text for _, text in everybody]
     part = path.with_name(path.name + PART)
     needed = sum(d.slab(r) * dtype_of(d.dtype).itemsize for d in plan for r in range(comm.size))
-    token = ""
+    token, each = "", partial(together, comm, path=path)
     try:
-        align, token = together(comm, lambda: (_place(path.parent, needed), uuid.uuid4().hex[:8]), only=0)[0]
+        align, token = each(lambda: (_place(path.parent, needed), uuid.uuid4().hex[:8]), only=0)[0]
         if parallel:
             block = block_bytes(len(plan) * comm.size, max(len(d.name) for d in plan), align)
             make = lambda: _create(part, plan, texts, attributes, tables, block, align)  # noqa: E731
-            extents = together(comm, make, only=0)[0]
-            slabs = together(comm, lambda: _fill(part, plan, host, told, comm, extents))
+            extents = each(make, only=0)[0]
+            each(lambda: _touch(part))
+            slabs = each(lambda: _fill(part, plan, host, told, comm, extents, striped=align > BLOCK_BYTES))
             flat = [slab for mine in slabs for slab in mine]
-            together(comm, lambda: seal(part, block, flat, []), only=0)
+            each(lambda: seal(part, block, flat, []), only=0)
         else:
             folder = path.with_name(shards_of(path) + token)
-            together(comm, folder.mkdir, only=0)
+            each(folder.mkdir, only=0)
             mine = lambda: _shard(folder / f"rank-{comm.rank:05}.h5", plan, host, told, comm.rank, align)  # noqa: E731
-            shards = together(comm, mine)
+            shards = each(mine)
             make_index = lambda: _index(part, plan, texts, attributes, tables, shards, folder)  # noqa: E731
-            together(comm, make_index, only=0)
-        together(comm, lambda: _commit(part, path), only=0)
+            each(make_index, only=0)
+        each(lambda: _commit(part, path), only=0)
     except SlowmoError:
         if comm.rank == 0:
             with contextlib.suppress(OSError):
@@ -155,22 +161,133 @@ def _create(
     block: int, align: int,
 ) -> dict[str, list[tuple[int, int]]]:  # fmt: skip
     """Rank 0: the file with all but the slabs, and room for those on the disk. Where each row lies: (offset, bytes)."""
-    h5py = hdf5.load()
-    with _new_file(path, block, align) as file:
+    h5py, beginning = hdf5.load(), Beginning()
+    with _new_file(beginning, block, align) as file:
         _describe(h5py, file, texts, attributes, tables)
         extents = {d.name: _allocate(h5py, file, d.name, d.dtype, d.shape, align) for d in plan}
-    _reserve(path)
+    beginning.store(path)
     return extents
 
 
-def _new_file(path: Path, block: int, align: int) -> Any:
+class Beginning:
+    """A file as HDF5 wants it, the slabs still missing: what it writes is kept here, and then stored by us.
+
+    HDF5 1.10 crashes where closing a file fails, which is how it meets a full disk or a quota.
+    """
+
+    def __init__(self) -> None:
+        self._writes: list[tuple[int, bytes]] = []
+        self._position = self._size = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self._writes.append((self._position, bytes(data)))
+        self._position += len(self._writes[-1][1])
+        self._size = max(self._size, self._position)
+        return len(self._writes[-1][1])
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view[:] = bytes(len(view))
+        for offset, data in self._writes:
+            start, stop = max(offset, self._position), min(offset + len(data), self._position + len(view))
+            if start < stop:
+                view[start - self._position : stop - self._position] = data[start - offset : stop - offset]
+        self._position += len(view)
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        self._size = size
+        return size
+
+    def flush(self) -> None:
+        pass
+
+    def store(self, path: Path) -> None:
+        """Put it into a new file, for the whole of which the disk reserves room: if there is none, we hear it now."""
+        with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
+            reserve(fd, self._size)
+            for offset, data in self._writes:
+                write_at(fd, data, offset)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Have the disk set room aside for a file. Raises: OSError where there is none.
+
+    Not os.posix_fallocate: where a file system cannot reserve, that writes into every block instead.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(size)):
+        fault = ctypes.get_errno()
+        if fault not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(fault, os.strerror(fault))
+        os.truncate(fd, size)
+
+
+class Syncing:
+    """The disk works on what is in the file so far, in a thread, while we write on; at the end all of it is there."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_RDONLY)
+        self._thread = ThreadPoolExecutor(1, "sync")
+        self._begun: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Start on what is there now, unless the disk is still at it."""
+        if self._begun is None or self._begun.done():
+            self._wait()
+            self._begun = self._thread.submit(os.fsync, self._fd)
+
+    def _wait(self) -> None:
+        if self._begun is not None:
+            self._begun.result()
+
+    def __enter__(self) -> Syncing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._wait()
+            os.fsync(self._fd)
+        finally:
+            self._thread.shutdown()
+            os.close(self._fd)
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's descriptor, closed afterwards; what fails in between is told with the file's name."""
+    fd = os.open(path, flags, 0o666)
+    try:
+        yield fd
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(fd)
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """All of `data`, which has a buffer of bytes, into an open file; one call takes 2 GiB at most."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view[:WRITE_BYTES], offset)
+        view, offset = view[written:], offset + written
+
+
+def _new_file(beginning: Beginning, block: int, align: int) -> Any:
     h5py = hdf5.load()
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))  # its errors are plainer than HDF5's
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_alignment(align, align)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, beginning)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_userblock(block)
-    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access))
+    return h5py.File(h5py.h5f.create(b"beginning", h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access))
 
 
 def _describe(h5py: Any, file: Any, texts: list[str], attributes: dict[str, Any], tables: dict[str, Any]) -> None:
@@ -192,7 +309,7 @@ def _allocate(h5py: Any, file: Any, name: str, dtype: str, shape: tuple[int, ...
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     row = shape[-1] * stored.itemsize
-    chunked = len(shape) == 2 and shape[0] > 1 and align > 4096 and align <= row < 1 << 32
+    chunked = len(shape) == 2 and shape[0] > 1 and BLOCK_BYTES < align <= row < 1 << 32
     if chunked:
         creation.set_chunk((1, shape[1]))
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
@@ -204,40 +321,60 @@ def _allocate(h5py: Any, file: Any, name: str, dtype: str, shape: tuple[int, ...
         h5py.Dataset(made).attrs["type"] = dtype
     rows = shape[0] if len(shape) == 2 else 1
     if chunked:
-        return [(made.get_chunk_info_by_coord((r, 0)).byte_offset, row) for r in range(rows)]
+        base = 0 if _chunks_count_the_block() else file.userblock_size
+        return [(base + made.get_chunk_info_by_coord((r, 0)).byte_offset, row) for r in range(rows)]
     start = made.get_offset()
     return [(start + r * row, row) for r in range(rows)]
 
 
-def _reserve(path: Path) -> None:
-    """Have a full disk, or a quota, show itself now and here, not in the middle of a collective write."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
-    finally:
-        os.close(fd)
+@cache
+def _chunks_count_the_block() -> bool:
+    """Whether this HDF5 tells where a chunk lies in the file (1.10 tells where it lies behind the user block)."""
+    block = 1 << 20
+    with _new_file(Beginning(), block, 1) as file:
+        made = file.create_dataset("probe", (1,), chunks=(1,), data=[0])
+        return bool(made.id.get_chunk_info(0).byte_offset >= block)
+
+
+def _touch(path: Path) -> None:
+    """Find out whether this rank can write to the end of the file: one that fails in MPI-IO hangs the others there."""
+    with opened(path, os.O_RDWR) as fd:
+        last = os.fstat(fd).st_size - 1
+        os.pwrite(fd, os.pread(fd, 1, last), last)
 
 
 def _fill(
     path: Path, plan: list[Dataset], host: dict[str, Tensor], told: list[Told], comm: Any,
-    extents: dict[str, list[tuple[int, int]]],
+    extents: dict[str, list[tuple[int, int]]], striped: bool,
 ) -> list[Slab]:  # fmt: skip
-    """Every rank: write its slabs into the one file, all in the same order, and have them on the disk."""
+    """Every rank: write its slabs into the one file, all in the same order, and have them on the disk.
+
+    striped: on a file system with stripes MPI-IO's collective buffering knows which rank writes to which. Elsewhere it
+    would only pass everything through one rank's memory: a slab is one contiguous run already.
+    """
     h5py = hdf5.load()
     transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-    transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    with h5py.File(path, "r+", driver="mpio", comm=comm.mpi) as file:
+    transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE if striped else h5py.h5fd.MPIO_INDEPENDENT)
+    failure: Exception | None = None
+    mine = [_slab(d, host, told, comm.rank, extents[d.name]) for d in plan if d.slab(comm.rank)]
+    with Syncing(path) as syncing, h5py.File(path, "r+", driver="mpio", comm=comm.mpi) as file:
         for d in plan:
             width = max(1, WRITE_BYTES // max(1, dtype_of(d.dtype).itemsize))
             for piece in range(-(-max(map(d.slab, range(comm.size))) // width)):  # as many calls on every rank
-                _write(h5py, file, d, host.get(d.name), comm.rank, slice(piece * width, (piece + 1) * width), transfer)
-    sync(path)
-    return _read_back(path, [_slab(d, host, told, comm.rank, extents[d.name]) for d in plan if d.slab(comm.rank)])
+                here = slice(piece * width, (piece + 1) * width)
+                try:
+                    _write(h5py, file, d, host.get(d.name), comm.rank, here, transfer)
+                except Exception as error:  # go on: the others are in calls that need us
+                    failure = failure or error
+                syncing.begin()
+        if failure is None:
+            _read_back(path, mine)
+    if failure is not None:
+        raise failure
+    return mine
 
 
-def _write(
-    h5py: Any, file: Any, d: Dataset, vector: Tensor | None, rank: int, piece: slice, transfer: Any = None
-) -> None:
+def _write(h5py: Any, file: Any, d: Dataset, vector: Tensor | None, rank: int, piece: slice, transfer: Any) -> None:
     """Write `piece` of this rank's slab of d; a rank without one takes part in the call with nothing."""
     source, target = d.source[rank], d.target[rank]
     start, stop = (min(x, d.slab(rank)) for x in (piece.start, piece.stop))
@@ -255,11 +392,10 @@ def _write(
     file[d.name].id.write(in_memory, on_disk, data, dxpl=transfer)
 
 
-def _read_back(path: Path, slabs: list[Slab]) -> list[Slab]:
-    """The slabs, once the file has them as they were sent."""
+def _read_back(path: Path, slabs: list[Slab]) -> None:
+    """Make sure that the file has the slabs as they were meant."""
     for slab in damaged_slabs(path, slabs):
         raise OSError(errno.EIO, f"{slab.dataset} of rank {slab.rank} was read back otherwise than written", str(path))
-    return slabs
 
 
 def _slab(d: Dataset, host: dict[str, Tensor], told: list[Told], rank: int, rows: list[tuple[int, int]]) -> Slab:
@@ -277,20 +413,21 @@ def _shard(
     path: Path, plan: list[Dataset], host: dict[str, Tensor], told: list[Told], rank: int, align: int
 ) -> tuple[str, int, str]:
     """This rank's slabs in a file of its own, whole and on the disk: (name, bytes, the checksum of its seal)."""
-    h5py = hdf5.load()
+    h5py, beginning = hdf5.load(), Beginning()
     block = block_bytes(len(plan), max(len(d.name) for d in plan), align)
     mine = [d for d in plan if d.slab(rank)]
     alone = {
         d.name: Dataset(d.name, d.dtype, (d.slab(rank),), [d.source[rank]], [slice(0, d.slab(rank))]) for d in mine
     }
-    with _new_file(path, block, align) as file:
+    with _new_file(beginning, block, align) as file:
         extents = {d.name: _allocate(h5py, file, d.name, d.dtype, (d.slab(rank),), align) for d in mine}
-    _reserve(path)
-    with h5py.File(path, "r+") as file:
-        for d in mine:
-            _write(h5py, file, alone[d.name], host[d.name], 0, slice(0, d.slab(rank)))
+    beginning.store(path)
     slabs = [replace(_slab(alone[d.name], host, told, 0, extents[d.name]), rank=rank) for d in mine]
-    _read_back(path, slabs)
+    with opened(path, os.O_RDWR) as fd, Syncing(path) as syncing:
+        for d in mine:
+            write_at(fd, _memory(host[d.name][d.source[rank]]), extents[d.name][0][0])
+            syncing.begin()
+        _read_back(path, slabs)
     token = seal(path, block, slabs, [])
     return f"{path.parent.name}/{path.name}", path.stat().st_size, token
 
@@ -300,9 +437,9 @@ def _index(
     shards: list[tuple[str, int, str]], folder: Path,
 ) -> None:  # fmt: skip
     """Rank 0: the file that shows the shards as one, by virtual datasets."""
-    h5py = hdf5.load()
-    block = block_bytes(len(shards), len(shards[0][0]), 4096)
-    with _new_file(path, block, 4096) as file:
+    h5py, beginning = hdf5.load(), Beginning()
+    block = block_bytes(len(shards), len(json.dumps(shards[0][0])), BLOCK_BYTES)
+    with _new_file(beginning, block, BLOCK_BYTES) as file:
         _describe(h5py, file, texts, attributes, tables)
         for d in plan:
             stored = to_stored(torch.empty(0, dtype=dtype_of(d.dtype))).numpy().dtype
@@ -315,6 +452,7 @@ def _index(
             made = file.create_virtual_dataset(d.name, layout)
             if str(stored) != d.dtype:
                 made.attrs["type"] = d.dtype
+    beginning.store(path)
     sync(folder)
     seal(path, block, [], shards)
 
@@ -334,15 +472,17 @@ def _commit(part: Path, path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have a file's data, or a folder's names, on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
-def together(comm: Endpoint, action: Callable[[], T], only: int | None = None) -> list[T]:
-    """Run `action` on every rank (or on rank `only`); what each gave. An error on one is the same error on all."""
+def together(
+    comm: Endpoint, action: Callable[[], T], only: int | None = None, path: Path | None = None
+) -> list[T]:  # fmt: skip
+    """Run `action` on every rank (or on rank `only`); what each gave. An error on one is the same error on all.
+
+    path: what is being written, for errors that name no file.
+    """
     result: Any = None
     fault: tuple[str, str] | None = None
     if only is None or comm.rank == only:
@@ -351,7 +491,7 @@ def together(comm: Endpoint, action: Callable[[], T], only: int | None = None) -
         except SlowmoError as error:
             fault = (error.message, error.hint)
         except Exception as error:
-            fault = _told_fault(error)
+            fault = _told_fault(error, path)
     everybody = comm.gather((fault, result))
     for fault, _ in everybody:
         if fault is not None:
@@ -359,12 +499,12 @@ def together(comm: Endpoint, action: Callable[[], T], only: int | None = None) -
     return [r for _, r in everybody]
 
 
-def _told_fault(error: Exception) -> tuple[str, str]:
+def _told_fault(error: Exception, path: Path | None) -> tuple[str, str]:
     hint = "Checkpoints written before are as they were; mend this, then `slowmo train CONFIG --resume RUN`."
-    if isinstance(error, OSError) and error.strerror:
-        name = f" {error.filename}" if error.filename else ""
-        return f"The checkpoint{os.fsdecode(name)} cannot be written: {error.strerror}.", hint
-    return f"The checkpoint cannot be written: {' '.join(str(error).split())}.", hint
+    where = (error.filename if isinstance(error, OSError) else None) or path
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    name = f" {os.fsdecode(where)}" if where else ""
+    return f"The checkpoint{name} cannot be written: {reason or type(error).__name__}.", hint
 
 
 def _place(folder: Path, needed: int) -> int:
@@ -373,7 +513,7 @@ def _place(folder: Path, needed: int) -> int:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} are free", str(folder))
-    return min(max(4096, os.stat(folder).st_blksize), ALIGN_LIMIT_BYTES)
+    return min(max(BLOCK_BYTES, os.stat(folder).st_blksize), ALIGN_LIMIT_BYTES)
 
 
 def _memory(t: Tensor) -> Any:
