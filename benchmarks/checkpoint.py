@@ -30,7 +30,7 @@ import torch.distributed
 import torch.distributed.checkpoint as dcp
 
 from slowmo_mpi import SGP, Checkpoints, Communicator, SlowMo, saved
-from slowmo_mpi.checkpoint import hdf5, write
+from slowmo_mpi.checkpoint import files, hdf5, write
 from slowmo_mpi.checkpoint.read import Checkpoint
 from slowmo_mpi.checkpoint.store import Store
 from slowmo_mpi.checkpoint.tree import Share
@@ -57,8 +57,9 @@ meet, the clock stops. Counted are the bytes of the files that are there then. `
 have bytes (`bs=8M conv=fsync`). Numbers are medians over the turns (smallest to largest); ratios are medians of the
 ratios within one turn. What each does until the clock stops:
 
-- slowmo-mpi: copies the momentum's tensors into one vector, hashes all (XXH3), reserves the room, writes (the fsync begins
-  meanwhile), reads all back and hashes it again, seals, renames, fsyncs the folder. One file, or one per rank and an index.
+- slowmo-mpi: copies the momentum's tensors into one vector, hashes all (XXH3), reserves the room, writes (the fsync
+  begins meanwhile), reads all back and hashes it again, seals, renames, fsyncs the folder. One file, or one per rank
+  and an index.
 - torch.distributed.checkpoint (gloo, `FileSystemWriter` as it comes): a file per rank, fsynced, and an index, fsynced
   and renamed last. CRC-32 of zip, which torch.load does not check; no read-back, no fsync of the folder.
 - `torch.save`: a file per rank, fsynced and renamed. CRC-32 of zip as above; no read-back, no fsync of the folder,
@@ -199,10 +200,10 @@ class Clock:
         for owner, name, part in (
             (Store, "_copy", "copy"),
             (write, "checksum", "hash"),
-            (write, "reserve", "reserve"),
+            (files, "reserve", "reserve"),
             (write, "_write", "write"),  # one file: through HDF5 and MPI-IO
             (write, "write_at", "write"),  # a file per rank
-            (write.Syncing, "__exit__", "rest of fsync"),  # which began while we wrote
+            (files.Syncing, "__exit__", "rest of fsync"),  # which began while we wrote
             (write, "_read_back", "read back"),
             (Communicator, "gather", "wait for ranks"),
         ):

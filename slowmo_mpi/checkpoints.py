@@ -18,7 +18,8 @@ from .worker import SlowMo
 class Checkpoints:
     """Files step-00001234.h5 in a folder; made and used on all ranks together.
 
-    keep: the newest so many stay; keep_every: and those of steps that are multiples of it (0: none).
+    keep: the newest so many stay; keep_every: and those of steps that are multiples of it (0: none). Who goes back to
+    an older one gives up the later ones: the next save deletes them.
     layout: "parallel" (one file), "shards" (one per rank, and one that shows them as one), "auto".
     asynchronous: the state is copied, and written while training goes on; one at a time, so that a disk slower
     than the period holds the training up instead of filling the memory. `store.chosen` says what was chosen.
@@ -52,7 +53,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{self.worker.state.step:08}.h5"
         attributes, tables = saved.describe(self.worker, self.store.layout, self.config)
-        self.store.save(path, saved.pack_all(self.worker, extra), attributes, tables, self._prune)
+        self.store.save(path, saved.pack_all(self.worker, extra), attributes, tables, lambda: self._prune(path))
         return path
 
     def load(self, place: str | Path | None = None, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -71,8 +72,14 @@ class Checkpoints:
         """Until everything is on the disk. Raises what went wrong."""
         self.store.wait()
 
-    def _prune(self) -> None:
-        for path in sorted(self.folder.glob("step-*.h5"), key=step_of)[: -self.keep]:
-            if not (self.keep_every and step_of(path) % self.keep_every == 0):
-                with contextlib.suppress(OSError):
-                    remove(path)
+    def _prune(self, written: Path) -> None:
+        """Delete what need not be kept, and later steps: they are of a future that was given up, or damaged."""
+        ours = sorted((p for p in self.folder.glob("step-*.h5") if step_of(p) >= 0), key=step_of)
+        now = ours.index(written)
+        old = [p for p in ours[: max(0, now + 1 - self.keep)] if not self._stays(step_of(p))]
+        for path in old + ours[now + 1 :]:
+            with contextlib.suppress(OSError):
+                remove(path)
+
+    def _stays(self, step: int) -> bool:
+        return bool(self.keep_every) and step % self.keep_every == 0

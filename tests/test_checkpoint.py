@@ -681,7 +681,6 @@ def test_what_a_killed_writer_left_is_removed_and_what_others_put_there_is_not(t
     assert simulate(2, goes_on) == [(set(), 1)] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="Checkpoints._prune takes every step-*.h5 for its own")
 def test_a_copy_under_a_name_without_a_step_stays(tmp_path: Path) -> None:
     def program(comm: Endpoint) -> None:
         worker = small(comm)
@@ -696,7 +695,6 @@ def test_a_copy_under_a_name_without_a_step_stays(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*.h5")) == ["step-00000001.h5", "step-best.h5"]
 
 
-@pytest.mark.xfail(strict=True, reason="Checkpoints._prune keeps the highest steps, not what was written last")
 def test_who_goes_back_in_time_keeps_what_is_written_from_there(tmp_path: Path) -> None:
     def program(comm: Endpoint) -> bool:
         worker = small(comm)
@@ -761,7 +759,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no room for the head": (lambda: limited(3000), "File too large"),
     "no room for the data": (lambda: limited(200_000), "File too large"),
     "no descriptors": (crowded, "Too many open files"),
-    "full disk": (lambda: broken(os, "posix_fallocate", errno.ENOSPC), "No space left on device"),
+    "full disk": (lambda: broken(write, "reserve", errno.ENOSPC), "No space left on device"),
     "disk error": (lambda: broken(os, "fsync", errno.EIO), "Input/output error"),
     "no rename": (lambda: broken(os, "replace", errno.EACCES), "Permission denied"),
     "no seal": (lambda: broken(write, "seal", errno.EDQUOT), os.strerror(errno.EDQUOT)),

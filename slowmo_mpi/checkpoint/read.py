@@ -162,7 +162,7 @@ def resolve(place: str | Path) -> list[Path]:
         if not place.exists():
             raise UsageError(f"There is no {place}.", "Give a run folder, or a checkpoint file.")
         folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
-        found = sorted(folder.glob("step-*.h5"), key=step_of, reverse=True)
+        found = sorted((p for p in folder.glob("step-*.h5") if step_of(p) >= 0), key=step_of, reverse=True)
     except OSError as error:
         raise UsageError(
             f"{place} cannot be read: {error.strerror}.", "Give a run folder, or a checkpoint file."
