@@ -12,6 +12,7 @@ from . import saved
 from .checkpoint.read import step_of
 from .checkpoint.store import Store, newest
 from .checkpoint.write import leftovers, remove
+from .errors import UsageError
 from .worker import SlowMo
 
 
@@ -19,7 +20,7 @@ class Checkpoints:
     """Files step-00001234.h5 in a folder; made and used on all ranks together.
 
     keep: the newest so many stay; keep_every: and those of steps that are multiples of it (0: none). Who goes back to
-    an older one gives up the later ones: the next save deletes them.
+    an older one with `load` gives up the later ones: the next save deletes them.
     layout: "parallel" (one file), "shards" (one per rank, and one that shows them as one), "auto".
     asynchronous: the state is copied, and written while training goes on; one at a time, so that a disk slower
     than the period holds the training up instead of filling the memory. `store.chosen` says what was chosen.
@@ -39,6 +40,9 @@ class Checkpoints:
     ):
         self.worker, self.folder = worker, Path(folder)
         self.keep, self.keep_every, self.config = keep, keep_every, config
+        self.gave_up_later = False  # what stands in the folder behind the step that is saved is of another life
+        if keep < 1:
+            raise UsageError(f"keep = {keep} would keep nothing.", "Give 1 or more.")
         self.store = Store(worker.comm, layout, asynchronous)
         if worker.comm.rank == 0:
             for rubbish in leftovers(self.folder):
@@ -62,7 +66,9 @@ class Checkpoints:
         note: told on rank 0 of damaged ones that are passed over. Raises: SlowmoError, on all ranks.
         """
         with newest(Path(place or self.folder), self.worker.comm, note) as checkpoint:
-            return saved.load(self.worker, checkpoint)
+            extra = saved.load(self.worker, checkpoint)
+        self.gave_up_later = True
+        return extra
 
     def poll(self) -> bool:
         """Whether nothing is being written. Raises what went wrong since the last call."""
@@ -73,11 +79,11 @@ class Checkpoints:
         self.store.wait()
 
     def _prune(self, written: Path) -> None:
-        """Delete what need not be kept, and later steps: they are of a future that was given up, or damaged."""
+        """Delete what need not be kept, and later steps of a future that was given up, or that were damaged."""
         ours = sorted((p for p in self.folder.glob("step-*.h5") if step_of(p) >= 0), key=step_of)
         now = ours.index(written)
         old = [p for p in ours[: max(0, now + 1 - self.keep)] if not self._stays(step_of(p))]
-        for path in old + ours[now + 1 :]:
+        for path in old + (ours[now + 1 :] if self.gave_up_later else []):
             with contextlib.suppress(OSError):
                 remove(path)
 

@@ -56,6 +56,7 @@ def state_of(worker: SlowMo) -> dict[str, Any]:
             tree["packet"] = by_type(s.flat, flight.packet.vectors)
     names: dict[Any, str] = {p: name for name, p in worker.model.named_parameters()}
     tree["optimizer"] = {
+        "kind": type(worker.optimizer).__name__,
         "state": {names[p]: dict(state) for p, state in worker.optimizer.state.items()},
         "groups": [{k: v for k, v in g.items() if k != "params"} for g in worker.optimizer.param_groups],
     }
@@ -164,7 +165,10 @@ def _mean(checkpoint: Checkpoint, terms: Mapping[str, list[float]], comm: Endpoi
 
 def pack_all(worker: SlowMo, extra: Mapping[str, Any] | None) -> Packed:
     """What a checkpoint of this rank holds: its state and the caller's `extra`."""
-    return pack(state_of(worker) | {"extra": dict(extra or {})}, worker.state.flat)
+    try:
+        return pack(state_of(worker) | {"extra": dict(extra or {})}, worker.state.flat)
+    except SlowmoError as error:  # perhaps this rank's alone, and the others are on their way to write
+        return Packed("", {}, (error.message, error.hint))
 
 
 def describe(worker: SlowMo, layout: str, config: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,6 +249,11 @@ def _share(worker: SlowMo, vector: Tensor, total: int) -> Tensor | Share:
 
 def _restore_optimizer(worker: SlowMo, saved: Mapping[str, Any]) -> None:
     optimizer, device = worker.optimizer, worker.comm.device
+    if saved["kind"] != type(optimizer).__name__:
+        raise SlowmoError(
+            f"The state to load has buffers of {saved['kind']}, and the optimizer is {type(optimizer).__name__}.",
+            "Make the optimizer that it was saved with.",
+        )
     parameters: dict[str, Any] = dict(worker.model.named_parameters())
 
     def home(p: Tensor, value: Any) -> Any:

@@ -116,6 +116,7 @@ def train(
         layout=config.checkpoint.layout, asynchronous=config.checkpoint.write == "async", config=dump(config),
     )  # fmt: skip
     extra = _go_on(worker, task, config, resume) if resume else {}
+    checkpoints.gave_up_later = resume is not None
     first = worker.state.step
     start = (first, *extra.get("data", (0, 0)))
     shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed, start)

@@ -64,10 +64,11 @@ class Share:
 
 @dataclass
 class Packed:
-    """One rank's state: the tree as text, and its vectors by name."""
+    """One rank's state: the tree as text, and its vectors by name. fault: why there is none, for all ranks to hear."""
 
     text: str
     vectors: dict[str, Vector]
+    fault: tuple[str, str] | None = None
 
 
 def pack(tree: Mapping[str, Any], flat: FlatParameters) -> Packed:
@@ -132,7 +133,7 @@ def pack(tree: Mapping[str, Any], flat: FlatParameters) -> Packed:
         if isinstance(value, list | tuple):
             items = [encode([*path, str(i)], v) for i, v in enumerate(value)]
             return items if isinstance(value, list) else {"$tuple": items}
-        raise _refused(path, f"a {type(value).__name__}")
+        raise _refused(path, f"a value of type {type(value).__name__}")
 
     text = json.dumps({k: encode([k], v) for k, v in tree.items()})
     return Packed(text, {name: v for name, v in vectors.items() if v.numel or v.share is not None})

@@ -84,9 +84,12 @@ def write(
         Told(n, str(v.dtype).removeprefix("torch."), v.numel, checksum(_memory(host[n])), _pair(v.share), v.total)
         for n, v in vectors.items()
     ]
-    everybody = comm.gather((told, packed.text))
-    plan = datasets([t for t, _ in everybody])
-    texts = [text for _, text in everybody]
+    everybody = comm.gather((told, packed.text, packed.fault))
+    for *_, fault in everybody:
+        if fault is not None:
+            raise SlowmoError(*fault)
+    plan = datasets([t for t, *_ in everybody])
+    texts = [text for _, text, _ in everybody]
     part = path.with_name(path.name + PART)
     needed = sum(d.slab(r) * dtype_of(d.dtype).itemsize for d in plan for r in range(comm.size))
     token, each = "", partial(together, comm, path=path)
