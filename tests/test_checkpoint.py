@@ -488,9 +488,11 @@ def test_extra_comes_back_as_it_was(world: Real | Simulated, tmp_path: Path) -> 
     "thing, words",
     [
         (object(), "type object (extra/deep/1/here)"), (torch.eye(2).to_sparse(), "torch.sparse_coo"),
-        (torch.ones(2, dtype=torch.complex128), "torch.complex128"), ({1, 2}, "type set"), (1j, "type complex"),
+        (torch.ones(2, dtype=torch.complex128), "torch.complex128"), ({1, 2}, "type set"),
+        (1j, "type complex"),
         (np.array(["text"]), "type ndarray"), (np.array([1j]), "type ndarray"),
-        (np.array([1.0], ">f8"), "a numpy array of >f8"), (print, "type builtin_function"), (Path("x"), "type PosixPath"),
+        (np.array([1.0], ">f8"), "a numpy array of >f8"), (print, "type builtin_function"),
+        (Path("x"), "type PosixPath"),
     ],
     ids=lambda x: x.split()[-1] if isinstance(x, str) else "",
 )  # fmt: skip

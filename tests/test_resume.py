@@ -21,6 +21,7 @@ from slowmo_mpi import config, simulate
 from slowmo_mpi.checkpoint.read import Checkpoint
 from slowmo_mpi.comm import Endpoint
 from slowmo_mpi.errors import DONE, FAILED, STOPPED_EARLY, USAGE, SlowmoError, UsageError
+from slowmo_mpi.plan import plan
 from slowmo_mpi.resume import checkpoint_of, unfinished
 from slowmo_mpi.train import BASES, train
 
@@ -120,6 +121,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: Real | Simulated, algorit
     same_files(whole / name, cut / name)
     manifest = json.loads((cut / "manifest.json").read_text())
     assert manifest["resumed_at_step"] == 5 and len(manifest["lives"]) == 1 and manifest["result"] == "done"
+
+
+@pytest.mark.parametrize("algorithm", ["allreduce", "sgp", "osgp"])
+def test_the_plan_tells_the_size_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
+    wanted = settings(
+        f"base.algorithm={algorithm}", "base.delay=2", "task.hidden=2000", "run.epochs=0", "run.steps=8",
+        "checkpoint.every=8", "optimizer.schedule=constant", "optimizer.warmup=0.0",
+    )  # fmt: skip
+    simulate(2, begin, wanted, tmp_path)
+    size = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*.h5"))
+    assert size == pytest.approx(plan(wanted, 2).checkpoint_bytes, rel=0.05)
 
 
 def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
