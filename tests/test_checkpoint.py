@@ -966,7 +966,7 @@ def parameter(vector, i):  # of a flat vector, by the tables in layout/
 
 with h5py.File(sys.argv[1], "r") as file:
     found = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
-    ranks = found["ranks"]
+    ranks, found["w"] = found["ranks"], file["w"][:].tolist()
     for i, name in enumerate(file["layout/name"].asstr()):
         kind = file["layout/vector"].asstr()[i]
         for group in ("z", "anchor", "u"):
@@ -1011,7 +1011,7 @@ def test_h5py_alone_reads_what_is_in_it(world: Real | Simulated, sharded: bool, 
             assert found[name] == [w[name] for w in wanted], name
         assert len({str(w["z 0.weight"]) for w in wanted}) == world.ranks
         known = {"step": 3, "round": 1, "ranks": world.ranks, "layout": kind, "format": 1, "config": "[run]"}
-        assert known.items() <= found.items()
+        assert known.items() <= found.items() and found["w"] == [1.0] * world.ranks
         shards = {f"rank-{r:05}.h5" for r in range(world.ranks)}
         for sources in found["sources"].values():
             assert {Path(f).name for f in sources} == shards and not any(Path(f).is_absolute() for f in sources)

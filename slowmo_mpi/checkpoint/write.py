@@ -184,6 +184,7 @@ def _describe(h5py: Any, file: Any, texts: list[str], attributes: dict[str, Any]
     for key, value in attributes.items():
         file.attrs[key] = value
     file.create_dataset("state", data=texts, dtype=h5py.string_dtype())
+    file.create_dataset("w", data=[float(json.loads(text)["w"]) for text in texts])  # for readers without JSON
     for name, value in tables.items():
         text = isinstance(value, list)
         file.create_dataset(name, data=value, dtype=h5py.string_dtype() if text else None)
