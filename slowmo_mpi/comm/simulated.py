@@ -35,13 +35,18 @@ class _Receive:
     delivered: bool = False
 
 
-@dataclass
-class _Gather:
-    values: list[bytes | None]
+class _Gathering(Gathering):
+    """Which ranks have not come is known here, and told."""
 
-    @property
-    def delivered(self) -> bool:
-        return None not in self.values
+    def __init__(self, comm: SimulatedCommunicator, values: list[bytes | None]):
+        self._simulated, self._values = comm, values
+
+    def wait(self) -> list[bytes]:
+        while None in self._values:
+            if not self._simulated._pause(0.0):
+                missing = [i for i, v in enumerate(self._values) if v is None]
+                raise self._simulated._timed_out(0.0, missing, "agreement")
+        return [v for v in self._values if v is not None]
 
 
 class _Aborted(BaseException):
@@ -130,7 +135,7 @@ class SimulatedCommunicator(Endpoint):
         self._world.activity += 1
         if None not in values:
             del self._world.gathered[number]  # everybody holds it
-        return Gathering(self, [_Gather(values)], lambda: [v for v in values if v is not None])
+        return _Gathering(self, values)
 
     def abort(self, code: int) -> None:
         raise _Aborted
