@@ -140,7 +140,7 @@ def for_rank(checkpoint: Checkpoint, comm: Endpoint) -> dict[str, Any]:
             if kind.startswith("optimizer") and not same_optimizer:
                 continue
             averaged[name] = _mean(checkpoint, terms, comm)
-    tree = checkpoint.tree(comm.rank % ranks, {k: v for k, v in averaged.items()})
+    tree = checkpoint.tree(comm.rank % ranks, averaged)
     return tree | {"w": 1.0, "in_flight": None, "begun": tree["step"] - 1, "rng": None}
 
 
