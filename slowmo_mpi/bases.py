@@ -33,6 +33,7 @@ class Base(ABC):
     """One inner step. `remaining` counts the steps to the round's exact average, this one included (inf: none)."""
 
     communicates: ClassVar[bool] = True  # False: workers meet only where they are averaged
+    averages_gradients: ClassVar[bool] = False  # over all workers, while they are computed (buckets.py)
 
     def bind(self, ranks: int) -> Base:
         """The same base with its graph made for so many ranks. Raises: SlowmoError where it cannot be."""
@@ -61,12 +62,11 @@ class Base(ABC):
 
 @dataclass(frozen=True)
 class AllReduce(Base):
-    """AR-SGD, AR-Adam: average the gradients over all workers, then the optimizer's step."""
+    """AR-SGD, AR-Adam: the optimizer's step on gradients that were averaged over all workers."""
+
+    averages_gradients = True
 
     def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
-        for g in s.flat.gradients():
-            comm.all_reduce_(g, "gradient average", divisor=comm.size)
-        s.flat.drop_unused()
         update(1.0)
 
 

@@ -68,11 +68,12 @@ class FlatParameters:
             )
 
         self._model, self._groups = model, [list(members) for members in groups]
+        order = {p: i for i, p in enumerate(trained)}
         self.parameters = sorted(trained, key=lambda p: (str(p.dtype), group_of[p]))  # stable: model order within
+        self.place = [order[p] for p in self.parameters]  # in the model's own order
         self.buffers: list[Tensor] = []
         self.spans: list[list[tuple[int, int, int]]] = []
         self.entries: list[Entry] = []
-        self._gradients: list[Tensor] = []
         device = devices.pop()
         for dtype in dict.fromkeys(p.dtype for p in self.parameters):
             members = [p for p in self.parameters if p.dtype == dtype]
@@ -97,52 +98,9 @@ class FlatParameters:
 
     def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Views of vectors laid out like `buffers`, one per parameter, in its shape and strides."""
-        views = []
-        for p, e in zip(self.parameters, self.entries, strict=True):
-            strides = torch.empty_like(p, device="meta").stride()  # those of p where it is dense, else contiguous
-            views.append(torch.as_strided(buffers[e.buffer], p.shape, strides, e.start))
-        return views
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients as vectors laid out like `buffers`, and behind them one number per parameter: used or not.
-
-        Every `p.grad` is a view of them afterwards. A gradient that autograd put elsewhere is copied in (once,
-        unless it is set to None again); a missing one counts as zero, so that every rank's vector has the same
-        length whatever it used. See `drop_unused`.
-        """
-        if not self._gradients:
-            members = [sum(e.buffer == i for e in self.entries) for i in range(len(self.buffers))]
-            self._gradients = [b.new_zeros(b.numel() + n) for b, n in zip(self.buffers, members, strict=True)]
-            self._gradient_views = self.views(self._gradients)
-            self._used = [
-                u for g, b in zip(self._gradients, self.buffers, strict=True) for u in g[b.numel() :].unbind()
-            ]
-        for g, b in zip(self._gradients, self.buffers, strict=True):
-            g[b.numel() :] = 1
-        self._missing = []
-        for i, (p, view, entry) in enumerate(zip(self.parameters, self._gradient_views, self.entries, strict=True)):
-            if p.grad is None:
-                view.zero_()
-                self._used[i].zero_()
-                self._missing.append(i)
-            elif p.grad.layout != torch.strided:
-                raise SlowmoError(
-                    f"The gradient of {entry.name} is sparse; gradients are averaged as one dense vector.",
-                    "Make the layer with sparse=False.",
-                )
-            elif p.grad.data_ptr() != view.data_ptr():
-                view.copy_(p.grad)
-            p.grad = view if p.requires_grad else None
-        return self._gradients
-
-    def drop_unused(self) -> None:
-        """After the gradients were averaged: None again for parameters that no rank used, as torch has it.
-
-        Else momentum and weight decay would go on moving them.
-        """
-        for i in self._missing:
-            if not float(self._used[i]):
-                self.parameters[i].grad = None
+        return [
+            like_parameter(p, buffers[e.buffer], e.start) for p, e in zip(self.parameters, self.entries, strict=True)
+        ]
 
     def check(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         """Raise SlowmoError if what is trained is no longer what lies in the buffers.
@@ -164,19 +122,29 @@ class FlatParameters:
                 "The optimizer was given other parameters after SlowMo was made.",
                 "Give it all parameters first, then make SlowMo.",
             )
-        for p, e in zip(self.parameters, self.entries, strict=True):
-            b = self.buffers[e.buffer]
-            if p.data_ptr() != b.data_ptr() + e.start * b.element_size():
+        for i, e in enumerate(self.entries):
+            if not self.holds(i):
                 raise SlowmoError(
                     f"Parameter {e.name} was moved or replaced after SlowMo was made; its updates would be lost.",
                     "Move or convert the model first (model.to(...)), then make SlowMo.",
                 )
+
+    def holds(self, i: int) -> bool:
+        """Whether parameter i still lies in its buffer."""
+        e = self.entries[i]
+        b = self.buffers[e.buffer]
+        return self.parameters[i].data_ptr() == b.data_ptr() + e.start * b.element_size()
 
     def fingerprint(self) -> str:
         """What must be equal on all ranks: each parameter's name, place, shape, strides and dtype."""
         return repr(
             [(e, tuple(p.shape), p.stride(), str(p.dtype)) for e, p in zip(self.entries, self.parameters, strict=True)]
         )
+
+
+def like_parameter(p: Tensor, memory: Tensor, start: int) -> Tensor:
+    """A view of `memory` from `start` on, with the shape of p and its strides (where p is dense, else contiguous)."""
+    return torch.as_strided(memory, p.shape, torch.empty_like(p, device="meta").stride(), start)
 
 
 class Packet:

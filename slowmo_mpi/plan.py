@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import optim, tasks
+from .comm.collectives import bytes_sent
 from .config import Config
 from .flat import FlatParameters
 from .topology import Topology, for_algorithm
@@ -59,12 +60,13 @@ def plan(config: Config, ranks: int) -> Plan:
     model = copy.deepcopy(task.model)
     optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
     flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
-    flat.gradients()
+    for p in flat.parameters:
+        p.grad = torch.zeros_like(p)
     optimizer.step()  # on zero gradients: makes the optimizer show all of its buffers
     n = sum(z.numel() * z.element_size() for z in flat.buffers)
     wide = sum(z.numel() * max(4, z.element_size()) for z in flat.buffers)
     buffers = sum(b.numel() * max(4, b.element_size()) for b in model.buffers() if b.is_floating_point())
-    slow, ring = config.slowmo, 2 * (ranks - 1) / ranks
+    slow = config.slowmo
     share = ranks if slow.sharded else 1
     optimizer_bytes = sum(
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
@@ -72,8 +74,8 @@ def plan(config: Config, ranks: int) -> Plan:
     received = max(len(graph.receives(k, 0)) for k in range(graph.period)) if graph else 0
     outer = 0.0
     if slow.tau and slow.average == "exact":
-        averaged = wide + buffers + (optimizer_bytes if slow.buffers == "average" else 0)
-        outer = ring * averaged / slow.tau
+        averaged = [wide, buffers, optimizer_bytes if slow.buffers == "average" else 0]
+        outer = sum(bytes_sent(size, ranks) for size in averaged) / slow.tau
     steps = config.run.steps or _steps(config, task, ranks)
     return Plan(
         ranks=ranks,
@@ -85,7 +87,7 @@ def plan(config: Config, ranks: int) -> Plan:
         message_bytes=n * (1 + received) if graph else -(-2 * wide // ranks),
         base_bytes_per_step=_base_bytes(config, graph, n, ranks),
         outer_bytes_per_step=outer,
-        allreduce_bytes_per_step=ring * n,
+        allreduce_bytes_per_step=bytes_sent(n, ranks),
         steps=steps,
         rounds=steps // slow.tau if steps and slow.tau else None,
         checkpoint_bytes=_checkpoint_bytes(config, ranks, n, optimizer_bytes, buffers, 2 * wide if slow.tau else 0),
@@ -98,7 +100,7 @@ def plan(config: Config, ranks: int) -> Plan:
 def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int) -> float:
     """What rank 0 sends per inner step, on average over a cycle of the graph and a round."""
     if config.base.algorithm == "allreduce":
-        return 2 * (ranks - 1) / ranks * n
+        return bytes_sent(n, ranks)
     if graph is None:
         return 0.0
     peers = sum(len(graph.sends(k, 0)) for k in range(graph.period)) / graph.period

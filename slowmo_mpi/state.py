@@ -14,7 +14,7 @@ from .flat import FlatParameters, Packet
 from .slowmo import Slow
 
 if TYPE_CHECKING:
-    from .comm import Exchange
+    from .comm import Operation
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Flight:
     phase: the step of the graph it belongs to; age: optimizer steps since it was posted.
     """
 
-    exchange: Exchange
+    exchange: Operation[list[Tensor]]
     packet: Packet
     phase: int
     sent: float = 0.0

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .bases import Base
+from .buckets import GradientAverage
 from .checkpoint.store import Store, newest
 from .comm import Endpoint
+from .comm.progress import WAYS, begin
 from .errors import SlowmoError, UsageError
 from .flat import FlatParameters
 from .saved import describe, load, pack_all, restore, state_of
@@ -40,6 +42,7 @@ class SlowMo:
     average: "exact", or "none" for the noaverage variant; gamma: the round's rate, "mean" or "last".
     sharded: keep 1/m of anchor and slow momentum on each rank (reduce-scatter and all-gather instead of an
     all-reduce: the same bytes).
+    progress: who moves messages on while the model computes: "hooks", "thread" or "auto" (comm/progress.py).
     Batch-norm's running statistics are averaged wherever the parameters are: at every exact average, and while
     `averaged()` lasts; between them each worker keeps its own. Other buffers are rank 0's at the start, and then
     each worker's own.
@@ -61,11 +64,12 @@ class SlowMo:
         average: str = "exact",
         gamma: str = "mean",
         sharded: bool = False,
+        progress: str = "auto",
     ):
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.tau, self.alpha, self.beta = tau, alpha, beta
         self.buffers, self.average, self.gamma = buffers, average, gamma
-        self.sharded = sharded
+        self.sharded, self.progress = sharded, progress
         self.base = base.bind(comm.size)
         self._store: Store | None = None
         self._check_settings()
@@ -82,6 +86,10 @@ class SlowMo:
         self.state.rate_sums = [0.0] * len(groups)
         self.state.last_rates = [0.0] * len(groups)
         self.state.peak_rates = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
+        comm.find_levels()
+        self.progress = begin(progress, model, comm)
+        alone = comm.size == 1 or not self.base.averages_gradients
+        self._gradients = None if alone else GradientAverage(flat, comm)
         if tau:
             self.state.slow = [Slow.start(z[self.share_of(z)]) for z in self.state.z]
 
@@ -96,6 +104,8 @@ class SlowMo:
         s.last_rates = [float(g["lr"]) for g in self.optimizer.param_groups]
         s.peak_rates = list(map(max, s.peak_rates, s.last_rates))
         s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
+        if self._gradients is not None:
+            self._gradients.finish()
         self.base.step(s, self.comm, self._update, self._remaining())
         s.step += 1
         if self.tau and s.step % self.tau == 0:
@@ -320,6 +330,7 @@ class SlowMo:
             ("buffers", self.buffers, ("reset", "maintain", "average")),
             ("average", self.average, ("exact", "none")),
             ("gamma", self.gamma, ("mean", "last")),
+            ("progress", self.progress, WAYS),
         ):
             if value not in known:
                 raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")

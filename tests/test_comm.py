@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def collectives(comm: Endpoint, chunk_bytes: int, staged: bool = False):
     """Sums of small whole numbers, so that every order of addition gives the same bits."""
     if staged:
-        comm = Communicator(comm.mpi, timeout=15.0, staged=True)
+        comm = Communicator(comm.mpi, timeout=15.0, transport="staged")
     comm.chunk_bytes = chunk_bytes
     m = comm.size
     for dtype in DTYPES:

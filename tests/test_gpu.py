@@ -1,4 +1,4 @@
-"""CUDA tensors, staged through pinned host memory: the same sums, the same trajectories as on the CPU."""
+"""CUDA tensors, direct and staged: in the order of the streams, the same sums and trajectories as on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worlds import Real, Simulated
 
 from slowmo_mpi import OSGP, SGP, AllReduce, Checkpoints, Local, SlowMo
 from slowmo_mpi.bases import Base
-from slowmo_mpi.comm import Endpoint
+from slowmo_mpi.comm import Communicator, Endpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +33,76 @@ def test_collectives_on_the_gpu(world: Simulated | Real) -> None:
     for rank, (there, here, neighbour) in enumerate(world.run(sums)):
         assert torch.equal(there, here)
         assert torch.equal(neighbour, torch.arange(10_001) % 7 + float((rank - 1) % world.ranks))
+
+
+def on_the_gpu(comm: Endpoint, transport: str) -> Endpoint:
+    """The real ranks again, with a GPU each, or a share of one. The simulated ones stay."""
+    return Communicator(comm.mpi, timeout=60.0, transport=transport) if isinstance(comm, Communicator) else comm
+
+
+def in_order(comm: Endpoint, transport: str, own_stream: bool) -> str:
+    """Exchanges right behind long kernels that make the payload and still use the target; nothing is synchronised."""
+    comm = on_the_gpu(comm, transport)
+    device = torch.device("cuda", torch.cuda.current_device())
+    own_stream = own_stream and isinstance(comm, Communicator)  # the simulated ranks share the default one
+    stream = torch.cuda.Stream(device) if own_stream else torch.cuda.default_stream(device)
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    with torch.cuda.stream(stream):
+        for length in (0, 1, 1000, 1 << 20, 3_000_001):  # of float32: none, less than a chunk, one chunk, three
+            payload, target = torch.zeros(length, device=device), torch.zeros(length, device=device)
+            for k in range(3):
+                torch.cuda._sleep(50_000_000)
+                payload.fill_(10 * k + comm.rank)
+                target.fill_(-1.0)
+                (got,) = comm.exchange(payload, [right], [left], [target]).wait()
+                payload.fill_(-2.0)  # it was read
+                copy = got * 2  # it is there
+                assert copy.eq(2 * (10 * k + left)).all(), (length, k, copy[:3])
+            x = torch.zeros(length, device=device)
+            torch.cuda._sleep(50_000_000)
+            x.add_(comm.rank + 1)
+            assert comm.all_reduce_(x).eq(comm.size * (comm.size + 1) / 2).all(), length
+    return getattr(comm, "transport", "")
+
+
+@pytest.mark.parametrize("own_stream", [False, True], ids=["default-stream", "own-stream"])
+@pytest.mark.parametrize("transport", ["auto", "staged"])
+def test_messages_keep_the_order_of_the_stream(world: Simulated | Real, transport: str, own_stream: bool) -> None:
+    chosen = set(world.run(in_order, transport, own_stream))
+    assert len(chosen) == 1
+    if transport == "staged" and isinstance(world, Real):
+        assert chosen == {"staged"}
+
+
+def pinned(comm: Endpoint) -> bool:
+    comm = on_the_gpu(comm, "staged")
+    if not isinstance(comm, Communicator):
+        return True
+    comm.stage_bytes = 1 << 16
+    x = torch.arange(1 << 18, device=comm.device) + comm.rank
+    pool = comm._flight.pool(x.device)
+    idle = []
+    for _ in range(8):
+        comm.all_reduce_(x.clone())
+        torch.cuda.synchronize()
+        idle.append(pool.idle_bytes)
+        assert all(memory.is_pinned() for kept in pool._idle.values() for memory, _ in kept)
+    return 0 < idle[-1] <= 4 * idle[0]
+
+
+def test_pinned_memory_is_used_again(world: Simulated | Real) -> None:
+    assert all(world.run(pinned))
+
+
+def warned(comm: Endpoint) -> tuple[int, int, list[str]]:
+    comm = on_the_gpu(comm, "staged")
+    return comm.local_rank, torch.cuda.device_count(), comm.warnings
+
+
+def test_a_shared_gpu_is_told_once(world: Simulated | Real) -> None:
+    for local_rank, gpus, warnings in world.run(warned):
+        shared = isinstance(world, Real) and world.ranks > gpus and local_rank == 0
+        assert len(warnings) == shared and all(f"{world.ranks} ranks share {gpus} GPU" in said for said in warnings)
 
 
 def train(comm: Endpoint, p: oracle.Problem, base: Base, device: str, slow: dict) -> np.ndarray:

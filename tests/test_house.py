@@ -27,12 +27,13 @@ STOREYS = [
     ["train", "plan", "doctor", "presets", "picture"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
-    ["bases", "saved"],
+    ["bases", "buckets", "saved"],
     ["state", "checkpoint"],
     ["comm"],
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
+    ["trace"],
     ["errors", "__init__"],
 ]
 HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"checkpoint/hdf5.py", "doctor.py"}}

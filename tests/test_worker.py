@@ -459,7 +459,7 @@ def test_rounding_divided_by_a_tiny_rate_is_no_momentum(world: Simulated) -> Non
 
 def evaluates_in_inference_mode(comm: Endpoint) -> bool:
     if hasattr(comm, "mpi"):
-        comm = type(comm)(comm.mpi, timeout=15.0, staged=True)
+        comm = type(comm)(comm.mpi, timeout=15.0, transport="staged")
     model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
     worker = SlowMo(model, torch.optim.SGD(model.parameters(), lr=0.1), comm, SGP(), tau=2)
     for _ in range(6):

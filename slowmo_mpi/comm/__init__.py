@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core import Endpoint, Exchange
+    from .core import Endpoint, Operation
     from .mpi import Communicator
     from .simulated import simulate
 
-__all__ = ["Communicator", "Endpoint", "Exchange", "simulate"]
+__all__ = ["Communicator", "Endpoint", "Operation", "simulate"]
 
-_HOME = {"Communicator": "mpi", "Endpoint": "core", "Exchange": "core", "simulate": "simulated"}
+_HOME = {"Communicator": "mpi", "Endpoint": "core", "Operation": "core", "simulate": "simulated"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,49 +1,90 @@
 """What a rank can do with the others, built on five primitives that MPI and the simulated twin provide.
 
-Every rank calls the same operations in the same order. Each operation takes the next number, and that number is
-the tag of its messages, so that a fast neighbour's next message is never taken for this one.
+Every rank starts the same operations in the same order. Each takes the next number, and that number is the tag of
+its messages, so that a fast neighbour's next message is never taken for this one. An operation is a program: it
+posts messages, says which of them it needs next, and is resumed once they are there. Whoever polls moves all
+programs on: a hook in the model, the progress thread, or a rank that waits. So any number may be under way.
 """
 
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import SlowmoError
 
+if TYPE_CHECKING:
+    from ..trace import Trace
+
 T = TypeVar("T")
+Program = Generator[tuple[list[Any], Sequence[int]], None, T]
+"""Yields the requests (or operations) it needs next and the ranks they depend on; returns its result."""
+
 TAGS = 16_384  # operations before tags repeat; MPI promises tags up to 32,767
 MESSAGE_LIMIT_BYTES = 1 << 30  # a longer payload travels in pieces: MPI's counts are 32-bit before MPI 4
+ALGORITHMS = ("auto", "doubling", "halving", "ring", "two-level", "mpi")
 
 
-@dataclass
-class Exchange:
-    """Messages on their way: posted at once, `test` moves them, `wait` returns what came in.
+class Operation(Generic[T]):
+    """Messages on their way: `test` moves them on and never blocks, `wait` returns what came of them."""
 
-    peers: the ranks waited for; received[j]: the payload from the j-th source, valid once done.
-    """
-
-    comm: Endpoint
-    requests: list[Any]
-    peers: list[int]
-    received: list[Tensor]
-    operation: str
+    def __init__(self, comm: Endpoint, name: str, program: Program[T]):
+        self.comm, self.name = comm, name
+        self.peers: Sequence[int] = ()
+        self._program = program
+        self._requests: list[Any] = []
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._finished = False
+        self._started_s = time.perf_counter()
 
     def test(self) -> bool:
-        """True once everything was sent and received. Moves messages on; never blocks."""
-        return self.comm._done(self.requests)
+        """True once all is done. Moves this operation on; never blocks."""
+        if not self._finished:
+            with self.comm.lock:
+                self._advance()
+        return self._finished
 
-    def wait(self) -> list[Tensor]:
-        """Block, bounded by the communicator's timeout, until done; the payloads in the order of the sources."""
-        self.comm._wait(self.requests, self.peers, self.operation)
-        return self.received
+    def wait(self) -> T:
+        """Block, bounded by the communicator's timeout, until done; the result.
+
+        Raises: SlowmoError where it takes too long, or where MPI fails.
+        """
+        if not self.test():
+            self.comm._wait(self)
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+    def _advance(self) -> None:
+        """Resume the program as often as what it needs is there. With the communicator's lock held."""
+        try:
+            while not self._finished and self._is_ready():
+                self._requests, self.peers = next(self._program)
+        except StopIteration as end:
+            self._end(end.value)
+        except BaseException as error:  # may be the progress thread; told where it is waited for
+            self._error = error
+            self._end(None)
+
+    def _is_ready(self) -> bool:
+        if self._requests and isinstance(self._requests[0], Operation):  # this one stands on others
+            return all(operation._finished for operation in self._requests)
+        return self.comm._done(self._requests)
+
+    def _end(self, result: T | None) -> None:
+        self._result, self._finished = result, True
+        self.comm._under_way.remove(self)
+        if self.comm.trace is not None:
+            self.comm.trace.add("messages", self.name, self._started_s, time.perf_counter())
 
 
 @dataclass
@@ -56,7 +97,11 @@ class Gathering:
 
     def wait(self) -> list[bytes]:
         """Block, bounded by the communicator's timeout, until everybody's is here."""
-        self.comm._wait(self.requests, [], "agreement")
+
+        def program() -> Program[None]:
+            yield self.requests, ()
+
+        self.comm.start("agreement", program()).wait()
         return self.collect()
 
 
@@ -65,7 +110,8 @@ class Endpoint(ABC):
 
     rank, size: as in MPI; local_rank, local_size: among the ranks of this host; device: the tensors' home.
     step: the training step, told in error messages. timeout: seconds any wait may take.
-    sent_bytes: payload sent so far; waited_s: seconds spent inside blocking operations.
+    allreduce: how all-reduces are done where the call does not say, one of ALGORITHMS.
+    sent_bytes: payload sent so far; waited_s: seconds spent waiting; trace: where spans go, if anywhere.
     """
 
     rank: int
@@ -80,11 +126,17 @@ class Endpoint(ABC):
         self.step = 0
         self.sent_bytes = 0
         self.waited_s = 0.0
-        self.chunk_bytes = 1 << 20  # of the ring's pipeline
+        self.allreduce = "auto"
+        self.chunk_bytes = 0  # of the pipelines; 0: chosen by size
+        self.trace: Trace | None = None
+        self.lock = threading.RLock()  # whoever moves operations on holds it: the trainer, or the progress thread
+        self._under_way: list[Operation[Any]] = []
         self._operations = 0
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._scratch: list[Tensor] = []
+        self._counted_by = self  # whose sent_bytes
+        self.levels: tuple[Endpoint, Endpoint] | None = None  # see find_levels
 
-    # ---- the five primitives ----
+    # ---- the primitives ----
     @abstractmethod
     def _isend(self, payload: Tensor, peer: int, tag: int) -> Any:
         """Post a send of a contiguous tensor, which must stay unchanged until done."""
@@ -109,11 +161,55 @@ class Endpoint(ABC):
     def abort(self, code: int) -> None:
         """End the whole job at once."""
 
+    def split(self, color: int) -> Endpoint:
+        """The ranks that give the same color, in the order of their ranks, as a communicator; collective."""
+        raise NotImplementedError
+
+    def _all_reduce_by_mpi(self, x: Tensor) -> list[Any] | None:
+        """Post MPI's own sum of x, in place; None where there is none for this type."""
+        return None
+
     def duplicate(self, timeout: float) -> Endpoint:
         """The same ranks with a communication of their own, for a thread; collective."""
         return self
 
-    # ---- point to point ----
+    def find_levels(self) -> None:
+        """Make `levels`: the ranks of this host, and those with this place on every host. Collective.
+
+        None where there is one host, one rank per host, or not equally many ranks on all of them.
+        """
+        hosts = self.gather(self.host)
+        ranks = {host: [r for r, h in enumerate(hosts) if h == host] for host in hosts}
+        per_host = {len(members) for members in ranks.values()}
+        if self.levels is None and len(ranks) > 1 and per_host == {len(hosts) // len(ranks)} != {1}:
+            inside = self.split(list(ranks).index(self.host))
+            across = self.split(inside.rank)
+            inside._counted_by = across._counted_by = self
+            self.levels = inside, across
+
+    # ---- operations ----
+    def start(self, name: str, program: Program[T]) -> Operation[T]:
+        """Begin an operation. On every rank in the same order."""
+        operation = Operation(self, name, program)
+        with self.lock:
+            self._under_way.append(operation)
+            operation._advance()
+        return operation
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._under_way)
+
+    def poll(self) -> None:
+        """Move on all that is under way: a large message travels only while somebody asks for it. Never blocks."""
+        if self._under_way and self.lock.acquire(blocking=False):
+            try:
+                for operation in tuple(self._under_way):
+                    operation._advance()
+            finally:
+                self.lock.release()
+
     def exchange(
         self,
         payload: Tensor,
@@ -121,28 +217,44 @@ class Endpoint(ABC):
         sources: Sequence[int],
         received: list[Tensor] | None = None,
         operation: str = "gossip exchange",
-    ) -> Exchange:
+    ) -> Operation[list[Tensor]]:
         """Send `payload` to each of `to`, receive an equally long one from each of `sources`; returns at once.
 
         payload: contiguous, unchanged until the exchange is done. received: memory for what comes in, one
-        tensor like the payload per source. Receives are posted first, so no order of sending can deadlock.
+        tensor like the payload per source. The result is `received`, in the order of the sources.
         """
-        tag = self._next_tag()
-        if received is None:
-            received = [torch.empty_like(payload) for _ in sources]
+        into = received if received is not None else [torch.empty_like(payload) for _ in sources]
+        return self.start(operation, self._exchange(payload, to, sources, into, self._next_tag()))
+
+    def _exchange(
+        self, payload: Tensor, to: Sequence[int], sources: Sequence[int], received: list[Tensor], tag: int
+    ) -> Program[list[Tensor]]:
         requests: list[Any] = []
-        for source, target in zip(sources, received, strict=True):
+        for source, target in zip(sources, received, strict=True):  # first, so that no order of sending can deadlock
             requests += [self._irecv(piece, source, tag) for piece in pieces(target, MESSAGE_LIMIT_BYTES)]
         for peer in to:
-            requests += [self._isend(piece, peer, tag) for piece in pieces(payload, MESSAGE_LIMIT_BYTES)]
-            self.sent_bytes += payload.numel() * payload.element_size()
-        return Exchange(self, requests, sorted({*to, *sources}), received, operation)
+            requests += [self._send(piece, peer, tag) for piece in pieces(payload, MESSAGE_LIMIT_BYTES)]
+        yield requests, sorted({*to, *sources})
+        return received
 
     # ---- collectives on tensors: in place, the same bits on every rank, the same order of addition every time ----
-    def all_reduce_(self, x: Tensor, operation: str = "all-reduce", divisor: float = 1.0) -> Tensor:
+    def all_reduce_(
+        self, x: Tensor, operation: str = "all-reduce", divisor: float = 1.0, algorithm: str = ""
+    ) -> Tensor:
         """x = 1/divisor * sum over ranks of x. x: contiguous vector (d,), of the same length on every rank."""
-        self.reduce_scatter_(x, operation, divisor)
-        return self.all_gather_(x, operation)
+        return self.start_all_reduce(x, operation, divisor, algorithm).wait()
+
+    def start_all_reduce(
+        self, x: Tensor, operation: str = "all-reduce", divisor: float = 1.0, algorithm: str = ""
+    ) -> Operation[Tensor]:
+        """The same, begun: x must be left alone until it is done.
+
+        algorithm: one of ALGORITHMS, "" for `self.allreduce`. Halves are summed and divided in float32, and rounded
+        once. All but "mpi" add in a fixed order.
+        """
+        from .collectives import all_reduce
+
+        return self.start(operation, all_reduce(self, x, divisor, algorithm or self.allreduce))
 
     def reduce_scatter_(self, x: Tensor, operation: str = "reduce-scatter", divisor: float = 1.0) -> Tensor:
         """x[shard] = 1/divisor * sum over ranks of x[shard] on the rank that owns it; the rest is left undefined.
@@ -151,13 +263,17 @@ class Endpoint(ABC):
         """
         from .ring import reduce_scatter
 
-        return self._timed(lambda: reduce_scatter(self, x, self._next_tag(), operation, divisor))
+        return self.start(operation, reduce_scatter(self, x, self._next_tag(), divisor)).wait()
 
     def all_gather_(self, x: Tensor, operation: str = "all-gather") -> Tensor:
         """Fill x, of which every rank has only its own x[shard], with everybody's."""
+        return self.start_all_gather(x, operation).wait()
+
+    def start_all_gather(self, x: Tensor, operation: str = "all-gather") -> Operation[Tensor]:
+        """The same, begun: x must be left alone until it is done."""
         from .ring import all_gather
 
-        return self._timed(lambda: all_gather(self, x, self._next_tag(), operation))
+        return self.start(operation, all_gather(self, x, self._next_tag()))
 
     def shard(self, length: int, rank: int | None = None) -> slice:
         """The part of a vector that `rank` (default: this one) owns: ceil(length / size) long, the last shorter."""
@@ -167,56 +283,67 @@ class Endpoint(ABC):
 
     def broadcast_(self, x: Tensor, operation: str = "broadcast") -> Tensor:
         """x = rank 0's x, along a binomial tree. x: any dense tensor."""
-        tag = self._next_tag()
         flat = x.detach().reshape(-1).contiguous()
-        span = 1
-        while span < self.size:  # ranks below span have it already
-            peers = [self.rank + span] if self.rank < span and self.rank + span < self.size else []
-            source = [self.rank - span] if span <= self.rank < 2 * span else []
-            requests = [self._irecv(p, s, tag) for s in source for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
-            requests += [self._isend(p, s, tag) for s in peers for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
-            self._wait(requests, peers + source, operation)
-            self.sent_bytes += len(peers) * flat.numel() * flat.element_size()
-            span *= 2
+        self.start(operation, self._broadcast(flat, self._next_tag())).wait()
         if flat.data_ptr() != x.data_ptr() and self.rank > 0:
             x.detach().copy_(flat.view(x.shape))
         return x
+
+    def _broadcast(self, flat: Tensor, tag: int) -> Program[None]:
+        span = 1
+        while span < self.size:  # ranks below span have it already
+            to = [self.rank + span] if self.rank < span and self.rank + span < self.size else []
+            source = [self.rank - span] if span <= self.rank < 2 * span else []
+            requests = [self._irecv(p, s, tag) for s in source for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
+            requests += [self._send(p, s, tag) for s in to for p in pieces(flat, MESSAGE_LIMIT_BYTES)]
+            yield requests, to + source
+            span *= 2
 
     # ---- small values ----
     def gather(self, value: T) -> list[T]:
         """Everybody's `value` (any small picklable thing), by rank, on every rank."""
         data = pickle.dumps(value)
-        sizes = self._timed(lambda: self.gather_later(len(data).to_bytes(8, "little")).wait())
-        lengths = [int.from_bytes(size, "little") for size in sizes]
-        padded = self._timed(lambda: self.gather_later(data.ljust(max(lengths), b"\0")).wait())
+        lengths = [int.from_bytes(size, "little") for size in self.gather_later(len(data).to_bytes(8, "little")).wait()]
+        padded = self.gather_later(data.ljust(max(lengths), b"\0")).wait()
         return [pickle.loads(b[:n]) for b, n in zip(padded, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
         self.gather(None)
 
-    # ---- waiting ----
+    # ---- for the programs ----
     def _next_tag(self) -> int:
         self._operations += 1
         return self._operations % TAGS
 
-    def _timed(self, operation: Callable[[], T]) -> T:
-        start, inner = time.perf_counter(), self.waited_s
-        result = operation()
-        self.waited_s = inner + time.perf_counter() - start
-        return result
+    def _send(self, payload: Tensor, peer: int, tag: int) -> Any:
+        self._counted_by.sent_bytes += payload.numel() * payload.element_size()
+        return self._isend(payload, peer, tag)
 
-    def _wait(self, requests: list[Any], peers: Sequence[int], operation: str) -> None:
-        """Until all requests are done: bounded, and told in full where it takes too long."""
-        if self._done(requests):
-            return
+    def _borrow(self, like: Tensor, length: int) -> Tensor:
+        """At least so much scratch memory, used before where there is some: fresh pages cost a fault per 4 KiB."""
+        for i, kept in enumerate(self._scratch):
+            if kept.dtype == like.dtype and kept.device == like.device and length <= kept.numel() <= 4 * length + 4096:
+                return self._scratch.pop(i)
+        with torch.inference_mode(False):  # it outlives an evaluation that runs in that mode
+            return torch.empty(length, dtype=like.dtype, device=like.device)
+
+    def _give_back(self, scratch: Tensor) -> None:
+        self._scratch = [scratch, *self._scratch[:15]]
+
+    # ---- waiting ----
+    def _wait(self, operation: Operation[Any]) -> None:
+        """Until it is done: bounded, and told in full where it takes too long. All others move on meanwhile."""
         start = time.perf_counter()
-        waiting = 0.0
-        while not self._done(requests):
+        while not operation._finished:
             waiting = time.perf_counter() - start
             if not self._pause(waiting) or waiting > self.timeout:
-                raise self._timed_out(waiting, peers, operation)
-        self.waited_s += time.perf_counter() - start
+                raise self._timed_out(waiting, operation.peers, operation.name)
+            self.poll()
+        end = time.perf_counter()
+        self.waited_s += end - start
+        if self.trace is not None:
+            self.trace.add("waiting", operation.name, start, end)
 
     def _timed_out(self, waited_s: float, peers: Sequence[int], operation: str) -> SlowmoError:
         whom = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}" if peers else "the others"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +17,28 @@ from torch import Tensor
 from ..errors import SlowmoError, UsageError
 from .core import Endpoint, Gathering
 from .launcher import launched, load_mpi
+from .transport import STAGE_BYTES, Direct, Flight, Late, Message, StagedReceive, StagedSend, claims_cuda
 
 SPIN_S = 2e-4  # a wait this short is spent polling; a longer one gives the core away
 SLEEP_S = 5e-5
 FINISH_S = 5.0
-
-
-@dataclass(eq=False)
-class _Request:
-    """An MPI request, and the copy to the device that follows a staged receive."""
-
-    mpi: Any
-    host: Tensor
-    target: Tensor | None = None
+PROOF_S = 30.0
+MOST_ELEMENTS = (1 << 31) - 1  # MPI's counts before MPI 4
+TRANSPORTS = ("auto", "direct", "staged")
 
 
 class Communicator(Endpoint):
     """This rank among all of MPI's (a duplicate of COMM_WORLD, or of `mpi_comm`).
 
-    device: where the tensors live; default: the GPU of this local rank, else the CPU. CUDA tensors travel
-    through pinned host memory, so any MPI will do; with staged=True CPU tensors do so too (for tests).
+    device: where the tensors live; default: the GPU of this local rank, else the CPU.
     timeout: seconds after which a wait is an error that names rank, peer, step and operation.
+    transport: how CUDA tensors travel: "staged" in chunks of `stage_bytes` through pinned host memory, with any MPI;
+    "direct" as they are, with an MPI that takes CUDA memory; "auto": direct where MPI says that it does and an
+    exchange proves it. CPU tensors travel as they are, or staged where device is the CPU and it says so (for tests).
+    Afterwards `transport` is what was chosen, `transport_reason` why, `warnings` what the user should know.
     An exception that nothing catches on one rank ends the whole job: the others would wait for that rank.
-    Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined.
+    Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined, or where
+    "direct" does not work.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class Communicator(Endpoint):
         *,
         timeout: float = 300.0,
         device: torch.device | str | None = None,
-        staged: bool = False,
+        transport: str = "auto",
     ):
         super().__init__(timeout)
+        if transport not in TRANSPORTS:
+            raise UsageError(f"There is no transport {transport!r}.", f"It is one of: {', '.join(TRANSPORTS)}.")
         self._MPI = MPI = load_mpi()
         world = mpi_comm if mpi_comm is not None else MPI.COMM_WORLD
         self.host = socket.gethostname()
@@ -64,41 +66,54 @@ class Communicator(Endpoint):
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             device = f"cuda:{self.local_rank % gpus}" if gpus else "cpu"
         self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # else every rank opens a context on the first GPU
-        self._staged = staged
-        self._posted: set[_Request] = set()  # in flight, with their memory
-        atexit.register(self._finish)
+        self.stage_bytes = STAGE_BYTES
+        self.warnings: list[str] = []
+        self._flight = Flight()
+        self._address = MPI.buffer.fromaddress  # costs a tenth of a view through numpy
+        self._plain = self._direct = False  # CPU tensors, and all others, go as they are
+        atexit.register(self._flight.finish, FINISH_S)
         if self.size > 1:
             sys.excepthook = self._end_the_job
+        if self.device.type == "cpu":
+            self._plain = transport != "staged"
+            self.transport = "direct" if self._plain else "staged"
+            self.transport_reason = "the tensors live in host memory" if self._plain else "it was asked for"
+        else:
+            torch.cuda.set_device(self.device)  # else every rank opens a context on the first GPU
+            self._plain = True
+            self.warnings = self._shared_gpus()
+            self.transport, self.transport_reason = self._choose(transport, says_cuda())
+            self._direct = self.transport == "direct"
 
-    def _isend(self, payload: Tensor, peer: int, tag: int) -> _Request:
-        host = self._host_copy(payload) if self._is_staged(payload) else payload.detach()
-        request = _Request(self._mpi.Isend(self._buffer(host), dest=peer, tag=tag), host)
-        return self._remember(request)
+    def _isend(self, payload: Tensor, peer: int, tag: int) -> Message | Late:
+        if payload.is_cpu and self._plain:
+            return self._flight.add(Message(payload, self._mpi.Isend(self._buffer(payload), peer, tag)))
+        return self._post_late(StagedSend, self._mpi.Isend, payload, peer, tag)
 
-    def _irecv(self, payload: Tensor, peer: int, tag: int) -> _Request:
-        staged = self._is_staged(payload)
-        host = self._host_like(payload) if staged else payload.detach()
-        mpi = self._mpi.Irecv(self._buffer(host), source=peer, tag=tag)
-        request = _Request(mpi, host, payload.detach() if staged else None)
-        return self._remember(request)
+    def _irecv(self, payload: Tensor, peer: int, tag: int) -> Message | Late:
+        if payload.is_cpu and self._plain:
+            return self._flight.add(Message(payload, self._mpi.Irecv(self._buffer(payload), peer, tag)))
+        return self._post_late(StagedReceive, self._mpi.Irecv, payload, peer, tag)
 
-    def _done(self, requests: list[_Request]) -> bool:
+    def _post_late(self, staged: type[Late], call: Callable[..., Any], payload: Tensor, peer: int, tag: int) -> Late:
+        kind, key = Direct if self._direct else staged, (self, staged, peer, tag)
+        pool, post = self._flight.pool(payload.device), lambda memory: call(self._buffer(memory), peer, tag)
+        return self._flight.add_late(kind(pool, payload, post, key, self.stage_bytes))
+
+    def _buffer(self, memory: Tensor) -> list[Any]:
+        """The memory as bytes: MPI's own half-precision types are not to be trusted."""
+        if not memory.is_contiguous():
+            raise ValueError("a tensor that is sent or received must be contiguous")
+        return [self._address(memory.data_ptr(), memory.nbytes), self._MPI.BYTE]
+
+    def _done(self, requests: Sequence[Message | Late]) -> bool:
         try:
-            done = self._MPI.Request.Testall([r.mpi for r in requests])
+            return self._flight.done(requests)
         except self._MPI.Exception as error:
             raise SlowmoError(
                 f"MPI failed on rank {self.rank} at step {self.step}: {error}.",
                 "A rank is dead or out of step: did all call worker.step() equally often?",
             ) from None
-        if done:
-            self._posted.difference_update(requests)
-            for r in requests:
-                if r.target is not None:
-                    r.target.copy_(r.host)
-                    r.target = None
-        return bool(done)
 
     def _pause(self, waiting_s: float) -> bool:
         # Ranks may outnumber cores: yield first, then sleep, so that a waiting rank does not burn a core.
@@ -115,13 +130,36 @@ class Communicator(Endpoint):
         def collect() -> list[bytes]:
             return [bytes(everybody[i * len(mine) : (i + 1) * len(mine)]) for i in range(self.size)]
 
-        return Gathering(self, [_Request(request, torch.empty(0))], collect)
+        return Gathering(self, [self._flight.add(Message((mine, everybody), request))], collect)
+
+    def _all_reduce_by_mpi(self, x: Tensor) -> list[Message] | None:
+        kind = {torch.float32: self._MPI.FLOAT, torch.float64: self._MPI.DOUBLE}.get(x.dtype)
+        if kind is None or not (x.is_cpu and self._plain) or x.numel() > MOST_ELEMENTS:
+            return None  # on CUDA memory Open MPI's nonblocking sums end in a segmentation fault
+        buffer = [self._address(x.data_ptr(), x.nbytes), x.numel(), kind]
+        return [self._flight.add(Message(x, self._mpi.Iallreduce(self._MPI.IN_PLACE, buffer)))]
 
     def abort(self, code: int) -> None:
-        self._mpi.Abort(code)
+        self._MPI.COMM_WORLD.Abort(code)
 
     def duplicate(self, timeout: float) -> Communicator:
-        return Communicator(self._mpi, timeout=timeout, device=self.device)
+        return self._relative(self._mpi, timeout)
+
+    def split(self, color: int) -> Communicator:
+        part = self._mpi.Split(color, self.rank)
+        group = self._relative(part, self.timeout)
+        part.Free()
+        # An operation of this communicator may stand on messages of its parts: they are moved on together.
+        group.lock, group._under_way, group._flight = self.lock, self._under_way, self._flight
+        return group
+
+    def _relative(self, mpi_comm: Any, timeout: float) -> Communicator:
+        """A communicator for ranks of this one: the same device and transport, of which nothing is left to prove."""
+        other = Communicator(mpi_comm, timeout=timeout, device="cpu")
+        other.device, other.stage_bytes = self.device, self.stage_bytes
+        other.transport, other.transport_reason = self.transport, self.transport_reason
+        other._plain, other._direct = self._plain, self._direct
+        return other
 
     @property
     def allows_threads(self) -> bool:
@@ -133,36 +171,69 @@ class Communicator(Endpoint):
         """The underlying mpi4py communicator, for libraries that want one (parallel HDF5)."""
         return self._mpi
 
-    def _is_staged(self, payload: Tensor) -> bool:
-        return self._staged or payload.device.type != "cpu"
+    # ---- CUDA memory ----
+    def _choose(self, wanted: str, says: bool | None) -> tuple[str, str]:
+        """The transport for CUDA tensors and the reason for it, the same on every rank."""
+        library = library_version()
+        if wanted == "staged":
+            return "staged", "it was asked for"
+        if wanted == "auto":
+            everybody = self.gather(says)
+            if None in everybody:
+                return "staged", f"{library} does not say whether it takes CUDA memory"
+            if not all(everybody):
+                return "staged", f"{library} says that it does not take CUDA memory"
+        for length in (1_000, 1_000_000):  # MPI sends small and large messages in different ways
+            faults = [fault for fault in self.gather(self._try_direct(length)) if fault]
+            if faults and wanted == "direct":
+                hint = "Leave the transport at auto, or say staged."
+                raise SlowmoError(f"{library} does not take CUDA memory: {faults[0]}.", hint)
+            if faults:
+                return "staged", f"{library} says that it takes CUDA memory, but {faults[0]}"
+        return "direct", f"an exchange proved that {library} takes CUDA memory"
 
-    def _buffer(self, host: Tensor) -> Any:
-        """The memory of a CPU tensor as MPI bytes: MPI's own half-precision types are not to be trusted."""
-        return [host.view(-1).view(torch.uint8).numpy(), self._MPI.BYTE]
+    def _try_direct(self, length: int) -> str:
+        """Send GPU memory to the next rank as it is; what went wrong, or nothing."""
+        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        deadline = time.perf_counter() + min(self.timeout, PROOF_S)
+        plain, direct = self._plain, self._direct
+        self._plain, self._direct = False, True
+        try:
+            mine, theirs = (torch.arange(length, device=self.device) + 7 * rank for rank in (self.rank, source))
+            got, tag = torch.zeros_like(mine), self._next_tag()
+            requests = [self._irecv(got, source, tag), self._isend(mine, to, tag)]
+            while not self._done(requests):
+                if time.perf_counter() > deadline:
+                    return f"a message of {mine.nbytes} bytes did not arrive on rank {self.rank}"
+                self._pause(1.0)
+            same = torch.equal(got, theirs)
+            return "" if same else f"a message of {mine.nbytes} bytes arrived damaged on rank {self.rank}"
+        except (SlowmoError, RuntimeError) as error:
+            return f"a message failed on rank {self.rank}: {error}"
+        finally:
+            self._plain, self._direct = plain, direct
 
-    def _host_like(self, payload: Tensor) -> Tensor:
-        return torch.empty(payload.shape, dtype=payload.dtype, pin_memory=payload.device.type == "cuda")
-
-    def _host_copy(self, payload: Tensor) -> Tensor:
-        host = self._host_like(payload)
-        host.copy_(payload)  # waits for the kernels that compute the payload
-        return host
-
-    def _remember(self, request: _Request) -> _Request:
-        self._posted.add(request)
-        return request
+    def _shared_gpus(self) -> list[str]:
+        """What the first rank of every host says where several ranks of it have the same GPU."""
+        mine = (self.host, str(getattr(torch.cuda.get_device_properties(self.device), "uuid", self.device)))
+        everybody = self.gather(mine)
+        here = [gpu for host, gpu in everybody if host == self.host]
+        gpus = len(set(here))
+        if self.local_rank > 0 or gpus == len(here):
+            return []
+        return [f"{len(here)} ranks share {gpus} GPU{'s' if gpus > 1 else ''} on {self.host}."]
 
     def _end_the_job(self, *exception: Any) -> None:
         sys.__excepthook__(*exception)
         sys.stderr.flush()
         self.abort(1)
 
-    def _finish(self) -> None:
-        """Before MPI_Finalize: let messages that nobody waited for arrive, within reason."""
-        deadline = time.perf_counter() + FINISH_S
-        while self._posted and time.perf_counter() < deadline:
-            self._posted = {r for r in self._posted if not r.mpi.Test()}
-            time.sleep(SLEEP_S)
+
+def says_cuda() -> bool | None:
+    """Whether MPI says that it takes CUDA memory; None where it does not say."""
+    from mpi4py import MPI
+
+    return claims_cuda(ctypes.CDLL(MPI.__file__), library_version())  # MPI itself is not among the global symbols
 
 
 def library_version() -> str:

@@ -2,11 +2,14 @@
 
 The vector is cut into m shards, each shard into chunks. In step s of m-1 a rank receives a chunk from its left,
 adds its own, and passes it on to its right while the next chunk is on the wire. Each shard is summed along the ring,
-starting after its owner, so the order of addition is fixed and the result has the same bits every time.
+starting after its owner, so the order of addition is fixed and the result has the same bits every time. In an
+all-reduce a chunk that is summed sets off on its second way round at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,78 +18,109 @@ from torch import Tensor
 from .core import pieces
 
 if TYPE_CHECKING:
-    from .core import Endpoint
+    from .core import Endpoint, Program
+
+AHEAD = 8  # receives posted before their chunks are due
+CHUNKS_PER_SHARD = 8
+SMALLEST_CHUNK_BYTES, LARGEST_CHUNK_BYTES = 1 << 16, 1 << 20
 
 
-def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, operation: str, divisor: float) -> Tensor:
+@dataclass
+class _Arrival:
+    """A chunk of the vector that the left rank sends: to be added, or to be taken as it is; then perhaps passed on."""
+
+    chunk: Tensor
+    added: bool
+    last: bool  # of its way: nothing is passed on, or the summing is over
+
+
+def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, divisor: float) -> Program[Tensor]:
     """x[own shard] = the sum over ranks, divided. See Endpoint.reduce_scatter_."""
-    m, r = comm.size, comm.rank
-    if m == 1:
-        return x.div_(divisor)
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in (torch.float16, torch.bfloat16) and comm.size > 1:
         wide = x.float()
-        mine = reduce_scatter(comm, wide, tag, operation, divisor)
+        mine = yield from reduce_scatter(comm, wide, tag, divisor)
         x[comm.shard(x.numel())] = mine.to(x.dtype)
-        return x[comm.shard(x.numel())]
-    left, right = (r - 1) % m, (r + 1) % m
-    each = -(-x.numel() // m)
-    buffers = _scratch(comm, x, 2 * each).split(each) if each else (x, x)
-
-    def chunks(s: int) -> list[Tensor]:  # what this rank adds to in step s; step m-2 is its own shard
-        return pieces(x[comm.shard(x.numel(), (r - 2 - s) % m)], comm.chunk_bytes)
-
-    def receive(s: int) -> list[tuple[Tensor, Any]]:
-        targets, used = [], 0
-        for c in chunks(s):
-            target = buffers[s % 2][used : used + c.numel()]
-            targets.append((target, comm._irecv(target, left, tag)))
-            used += c.numel()
-        return targets
-
-    incoming = receive(0)
-    sends = [_send(comm, c, right, tag) for c in pieces(x[comm.shard(x.numel(), left)], comm.chunk_bytes)]
-    for s in range(m - 1):
-        current, incoming = incoming, receive(s + 1) if s < m - 2 else []
-        for chunk, (arrived, request) in zip(chunks(s), current, strict=True):
-            comm._wait([request], [left], operation)
-            chunk.add_(arrived)
-            if s < m - 2:
-                sends.append(_send(comm, chunk, right, tag))
-    comm._wait(sends, [right], operation)
-    mine = x[comm.shard(x.numel())]
-    return mine.div_(divisor) if divisor != 1.0 else mine
+    elif comm.size > 1:
+        yield from _around(comm, x, tag, divisor, _sums(comm, x), comm.rank - 1, gathers=False)
+    elif divisor != 1.0:
+        x.div_(divisor)
+    return x[comm.shard(x.numel())]
 
 
-def all_gather(comm: Endpoint, x: Tensor, tag: int, operation: str) -> Tensor:
+def all_gather(comm: Endpoint, x: Tensor, tag: int) -> Program[Tensor]:
     """Everybody's shard into everybody's x. See Endpoint.all_gather_."""
-    m, r = comm.size, comm.rank
-    if m == 1:
-        return x
-    left, right = (r - 1) % m, (r + 1) % m
-
-    def shard(owner: int) -> list[Tensor]:
-        return pieces(x[comm.shard(x.numel(), owner % m)], comm.chunk_bytes)
-
-    incoming = [[(c, comm._irecv(c, left, tag)) for c in shard(r - 1 - s)] for s in range(m - 1)]
-    sends = [_send(comm, c, right, tag) for c in shard(r)]
-    for s, arriving in enumerate(incoming):
-        for chunk, request in arriving:
-            comm._wait([request], [left], operation)
-            if s < m - 2:
-                sends.append(_send(comm, chunk, right, tag))
-    comm._wait(sends, [right], operation)
+    if comm.size > 1:
+        yield from _around(comm, x, tag, 1.0, _copies(comm, x), comm.rank, gathers=True)
     return x
 
 
-def _send(comm: Endpoint, chunk: Tensor, peer: int, tag: int) -> Any:
-    comm.sent_bytes += chunk.numel() * chunk.element_size()
-    return comm._isend(chunk, peer, tag)
+def all_reduce(comm: Endpoint, x: Tensor, tag: int, divisor: float) -> Program[Tensor]:
+    """x = the sum over ranks, divided: both of the above in one stream of chunks. Not for halves."""
+
+    def both() -> Iterator[_Arrival]:
+        yield from _sums(comm, x)
+        yield from _copies(comm, x)
+
+    if comm.size > 1:
+        yield from _around(comm, x, tag, divisor, both(), comm.rank - 1, gathers=True)
+    elif divisor != 1.0:
+        x.div_(divisor)
+    return x
 
 
-def _scratch(comm: Endpoint, x: Tensor, length: int) -> Tensor:
-    """A buffer kept from call to call: fresh memory would cost a page fault per 4 KiB every time."""
-    kept = comm._scratch.get(x.dtype)
-    if kept is None or kept.numel() < length or kept.device != x.device:
-        with torch.inference_mode(False):  # it outlives an evaluation that runs in that mode
-            kept = comm._scratch[x.dtype] = torch.empty(length, dtype=x.dtype, device=x.device)
-    return kept[:length]
+def _chunks(comm: Endpoint, x: Tensor, owner: int) -> list[Tensor]:
+    """The chunks of a shard."""
+    shard_bytes = -(-x.numel() // comm.size) * x.element_size()
+    chosen = min(max(shard_bytes // CHUNKS_PER_SHARD, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+    return pieces(x[comm.shard(x.numel(), owner % comm.size)], comm.chunk_bytes or chosen)
+
+
+def _sums(comm: Endpoint, x: Tensor) -> Iterator[_Arrival]:
+    """What comes in while the shards are summed; step m-2 brings this rank's own."""
+    for s in range(comm.size - 1):
+        for chunk in _chunks(comm, x, comm.rank - 2 - s):
+            yield _Arrival(chunk, added=True, last=s == comm.size - 2)
+
+
+def _copies(comm: Endpoint, x: Tensor) -> Iterator[_Arrival]:
+    """What comes in while the finished shards go round."""
+    for s in range(comm.size - 1):
+        for chunk in _chunks(comm, x, comm.rank - 1 - s):
+            yield _Arrival(chunk, added=False, last=s == comm.size - 2)
+
+
+def _around(
+    comm: Endpoint, x: Tensor, tag: int, divisor: float, arrivals: Iterator[_Arrival], first: int, gathers: bool
+) -> Program[None]:
+    """Send the chunks of shard `first`, then handle what arrives, in order, with a few receives posted ahead."""
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    own = _chunks(comm, x, first)
+    longest = _chunks(comm, x, 0)[0].numel()
+    scratch = comm._borrow(x, AHEAD * longest)
+    slots = list(scratch[: AHEAD * longest].split(longest)) if longest else [x] * AHEAD
+    waiting: list[tuple[_Arrival, Tensor, Any]] = []
+
+    def post() -> None:
+        arrival = next(arrivals, None)
+        if arrival is not None:
+            # A slot is free again once what came into it was added: slots and their chunks come round in order.
+            into = slots[0][: arrival.chunk.numel()] if arrival.added else arrival.chunk
+            if arrival.added:
+                slots.append(slots.pop(0))
+            waiting.append((arrival, into, comm._irecv(into, left, tag)))
+
+    for _ in range(AHEAD):
+        post()
+    sends = [comm._send(chunk, right, tag) for chunk in own]
+    while waiting:
+        arrival, into, request = waiting.pop(0)
+        yield [request], (left,)
+        if arrival.added:
+            arrival.chunk.add_(into)
+            if arrival.last and divisor != 1.0:
+                arrival.chunk.div_(divisor)
+        if not arrival.last or (arrival.added and gathers):
+            sends.append(comm._send(arrival.chunk, right, tag))
+        post()
+    yield sends, (right,)
+    comm._give_back(scratch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,7 @@ class _Message:
 @dataclass
 class _Receive:
     payload: Tensor
-    source: int
-    target: int
-    tag: int
+    box: Hashable  # of the mail
     delivered: bool = False
 
 
@@ -43,7 +41,8 @@ class _Gathering(Gathering):
 
     def wait(self) -> list[bytes]:
         while None in self._values:
-            if not self._simulated._pause(0.0):
+            self._simulated.poll()  # somebody may wait for this rank in another operation
+            if None in self._values and not self._simulated._pause(0.0):
                 missing = [i for i, v in enumerate(self._values) if v is None]
                 raise self._simulated._timed_out(0.0, missing, "agreement")
         return [v for v in self._values if v is not None]
@@ -56,8 +55,9 @@ class _Aborted(BaseException):
 @dataclass
 class _World:
     size: int
-    mail: dict[tuple[int, int, int], deque[_Message]] = field(default_factory=dict)
-    gathered: dict[int, list[bytes | None]] = field(default_factory=dict)
+    ranks_per_host: int
+    mail: dict[Hashable, deque[_Message]] = field(default_factory=dict)
+    gathered: dict[Hashable, list[bytes | None]] = field(default_factory=dict)
     activity: int = 0  # counts everything that can end somebody's wait
     failure: BaseException | None = None
     turns: list[threading.Semaphore] = field(init=False)
@@ -68,6 +68,10 @@ class _World:
         self.turns = [threading.Semaphore(0) for _ in range(self.size)]
         self.random = [torch.get_rng_state() for _ in range(self.size)]
         self.alive = [True] * self.size
+
+    def host(self, rank: int) -> str:
+        """The host that this rank is said to be on."""
+        return f"host{rank // self.ranks_per_host}" if self.ranks_per_host else "this process"
 
     def pass_on(self, rank: int) -> None:
         """Give the baton to the next living rank."""
@@ -89,34 +93,39 @@ class _World:
 class SimulatedCommunicator(Endpoint):
     """One of N ranks in this process; made by `simulate`."""
 
-    def __init__(self, world: _World, rank: int, device: torch.device):
+    def __init__(self, world: _World, members: Sequence[int], me: int, device: torch.device, group: Hashable = ()):
         super().__init__(timeout=math.inf)  # a wait that would never end is known at once
-        self._world = world
-        self.rank, self.size = rank, world.size
-        self.local_rank, self.local_size = rank, world.size
-        self.host = "this process"
+        self._world, self._members, self._me = world, members, me
+        self._group = group  # a part of all keys, so that no group takes another's messages
+        self.rank, self.size = members.index(me), len(members)
+        neighbours = [r for r in members if world.host(r) == world.host(me)]
+        self.local_rank, self.local_size = neighbours.index(me), len(neighbours)
+        self.host = world.host(me)
         self.device = device
+        self.transport, self.transport_reason = "direct", "the ranks are threads"
+        self.warnings: list[str] = []
         self._gathers = 0
+        self._splits = 0
 
     def _isend(self, payload: Tensor, peer: int, tag: int) -> _Message:
         # Not copied here: like MPI, a payload changed while in flight arrives changed, and the tests see it.
         message = _Message(payload.detach())
-        self._world.mail.setdefault((self.rank, peer, tag), deque()).append(message)
+        self._world.mail.setdefault((self._group, self.rank, peer, tag), deque()).append(message)
         self._world.activity += 1
         return message
 
     def _irecv(self, payload: Tensor, peer: int, tag: int) -> _Receive:
-        return _Receive(payload.detach(), peer, self.rank, tag)
+        return _Receive(payload.detach(), (self._group, peer, self.rank, tag))
 
-    def _done(self, requests: list[Any]) -> bool:
+    def _done(self, requests: Sequence[Any]) -> bool:
         for r in requests:
             if isinstance(r, _Receive) and not r.delivered:
-                waiting = self._world.mail.get((r.source, r.target, r.tag))
+                waiting = self._world.mail.get(r.box)
                 if not waiting:
                     return False
                 message = waiting.popleft()
                 if not waiting:
-                    del self._world.mail[r.source, r.target, r.tag]
+                    del self._world.mail[r.box]
                 r.payload.copy_(message.payload)
                 r.delivered = message.delivered = True
                 self._world.activity += 1
@@ -124,18 +133,26 @@ class SimulatedCommunicator(Endpoint):
 
     def _pause(self, waiting_s: float) -> bool:
         before = self._world.activity
-        self._world.pass_on(self.rank)
-        self._world.take(self.rank)
+        self._world.pass_on(self._me)
+        self._world.take(self._me)
         return self._world.activity != before
 
     def gather_later(self, mine: bytes) -> Gathering:
-        number, self._gathers = self._gathers, self._gathers + 1
-        values = self._world.gathered.setdefault(number, [None] * self.size)
+        key, self._gathers = (self._group, self._gathers), self._gathers + 1
+        values = self._world.gathered.setdefault(key, [None] * self.size)
         values[self.rank] = mine
         self._world.activity += 1
         if None not in values:
-            del self._world.gathered[number]  # everybody holds it
+            del self._world.gathered[key]  # everybody holds it
         return _Gathering(self, values)
+
+    def split(self, color: int) -> SimulatedCommunicator:
+        colors, self._splits = self.gather(color), self._splits + 1
+        members = [self._members[r] for r, c in enumerate(colors) if c == color]
+        group = SimulatedCommunicator(self._world, members, self._me, self.device, (self._group, self._splits, color))
+        # An operation of this communicator may stand on messages of its parts: they are moved on together.
+        group.lock, group._under_way = self.lock, self._under_way
+        return group
 
     def abort(self, code: int) -> None:
         raise _Aborted
@@ -146,12 +163,14 @@ def simulate(
     program: Callable[..., Any],
     *args: Any,
     device: torch.device | str = "cpu",
+    ranks_per_host: int = 0,
 ) -> list[Any]:
     """Run `program(comm, *args)` on N simulated ranks; what each returned, by rank.
 
+    ranks_per_host: as if on hosts "host0", "host1", ... with so many ranks each; 0: all on this one.
     Raises: the first failing rank's exception.
     """
-    world = _World(ranks)
+    world = _World(ranks, ranks_per_host)
     results: list[Any] = [None] * ranks
     threads_per_rank = torch.get_num_threads()
     ended = threading.Semaphore(0)
@@ -160,7 +179,7 @@ def simulate(
         try:
             world.take(rank)
             torch.set_num_threads(threads_per_rank)
-            comm = SimulatedCommunicator(world, rank, torch.device(device))
+            comm = SimulatedCommunicator(world, range(ranks), rank, torch.device(device))
             results[rank] = program(comm, *args)
         except _Aborted:
             pass

@@ -1,0 +1,86 @@
+"""Progress: who polls while the model computes.
+
+A large message moves only inside MPI calls, so somebody has to make some while the gradient is computed. Hooks do it
+between the layers, on the thread that trains: they cost nothing where nothing is under way, but come only as often
+as layers end. A thread does it twice per millisecond, whatever the model does, and needs a core now and then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from .core import Endpoint
+
+WAYS = ("auto", "hooks", "thread")
+INTERVAL_S = 5e-4  # of the thread's polls
+LEAST_S = 2e-4  # between two polls by hooks: many small layers need not all poll
+
+
+def begin(way: str, model: nn.Module, comm: Endpoint) -> str:
+    """Have somebody poll while the model computes; what was chosen, "hooks" or "thread".
+
+    auto: hooks for a model on the CPU, where a thread would take time from the one that computes; a thread for one on
+    a GPU, whose layers only queue work. A thread needs an MPI that several threads may use.
+    """
+    threads = getattr(comm, "allows_threads", False)
+    if way == "thread" and not threads:
+        raise UsageError("This MPI does not allow progress by a thread.", "Choose progress = hooks.")
+    if way == "auto":
+        way = "thread" if threads and comm.device.type == "cuda" else "hooks"
+    if way == "thread":
+        thread = Thread(comm)
+        atexit.register(thread.stop)  # before MPI ends
+    else:
+        Hooks(model, comm)
+    return way
+
+
+class Hooks:
+    """Polls after every layer's forward and after every parameter's gradient."""
+
+    def __init__(self, model: nn.Module, comm: Endpoint):
+        self._comm = comm
+        self._last_s = 0.0
+        self.polls = 0
+        for module in model.modules():
+            if not any(True for _ in module.children()):
+                module.register_forward_hook(self._poll)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._poll)
+
+    def _poll(self, *_: Any) -> None:
+        if self._comm.busy:
+            now = time.perf_counter()
+            if now - self._last_s > LEAST_S:
+                self._comm.poll()
+                self._last_s = now
+                self.polls += 1
+
+
+class Thread:
+    """Polls in a thread of its own, as long as something is under way. `stop` ends it."""
+
+    def __init__(self, comm: Endpoint):
+        self._comm = comm
+        self._stopped = threading.Event()
+        self.polls = 0
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(INTERVAL_S if self._comm.busy else 4 * INTERVAL_S):
+            if self._comm.busy:
+                self._comm.poll()
+                self.polls += 1
+
+    def stop(self) -> None:
+        """End the thread; before MPI ends."""
+        self._stopped.set()
+        self._thread.join()
