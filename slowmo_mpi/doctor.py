@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import tempfile
@@ -109,17 +108,14 @@ def _gpu(comm: Any) -> tuple[str, str]:
         return OK, f"none; the CPU, torch {torch.__version__}"
     count = torch.cuda.device_count()
     found = f"{count} x {torch.cuda.get_device_name(comm.device)}, rank {comm.rank} on {comm.device}"
-    if comm.local_size > count:
-        return WARNING, f"{found}; {comm.local_size} ranks share {count} GPUs"
-    return OK, found
+    return (WARNING, f"{found}; {'; '.join(comm.warnings)}") if comm.warnings else (OK, found)
 
 
 def _cuda_aware(comm: Any) -> tuple[str, str]:
-    """What MPI says of itself. CUDA tensors are staged through pinned host memory whatever the answer."""
-    library = ctypes.CDLL(None)
-    query = getattr(library, "MPIX_Query_cuda_support", None)
-    says = "does not say" if query is None else ("yes" if query() else "no")
-    return OK, f"{says}; CUDA tensors travel through pinned host memory"
+    """What MPI says of itself, and how tensors of this rank's device travel."""
+    from .comm.mpi import says_cuda
+
+    return OK, f"MPI says {'yes' if says_cuda() else 'no'}; {comm.transport}: {comm.transport_reason}"
 
 
 def _hdf5(comm: Any) -> tuple[str, str]:

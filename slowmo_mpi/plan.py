@@ -74,8 +74,9 @@ def plan(config: Config, ranks: int) -> Plan:
     received = max(len(graph.receives(k, 0)) for k in range(graph.period)) if graph else 0
     outer = 0.0
     if slow.tau and slow.average == "exact":
-        averaged = [wide, buffers, optimizer_bytes if slow.buffers == "average" else 0]
-        outer = sum(bytes_sent(size, ranks) for size in averaged) / slow.tau
+        vectors = 2 * (ranks - 1) / ranks * wide if slow.sharded else bytes_sent(wide, ranks)
+        others = [buffers, optimizer_bytes if slow.buffers == "average" else 0]
+        outer = (vectors + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
     steps = config.run.steps or _steps(config, task, ranks)
     return Plan(
         ranks=ranks,

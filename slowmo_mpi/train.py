@@ -132,6 +132,7 @@ def train(
         log = RunLog(folder, config, manifest(library, hosts, threads), first if resume else None)
     if show is not None:
         lines = _introduction(config, worker, shards, steps, threads, folder) + _on_checkpoints(config, checkpoints)
+        lines += comm.warnings
         show.start(lines + (_on_resume(resume, comm.size) if resume else []), first, steps)
     if resume:
         resume.close()
@@ -144,11 +145,11 @@ def train(
             time_now, end = (step, run.steps) if run.steps else (shards.time(step), run.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(config.optimizer, time_now, end)
+            waited, sent = comm.waited_s, comm.sent_bytes
             batch = to_device(task.train.batch(shards.indices(step)), comm.device)
             loss, metrics = task.loss(model, batch)
             optimizer.zero_grad(set_to_none=False)  # the gradients stay views of one vector
             loss.backward()
-            waited, sent = comm.waited_s, comm.sent_bytes
             worker.step()
             window.waited_s += comm.waited_s - waited
             window.sent_bytes += comm.sent_bytes - sent

@@ -123,7 +123,7 @@ def test_the_plan_foretells_the_bytes(overrides: list[str], tmp_path: Path) -> N
     simulate(4, run, settings, tmp_path)
     measured = next(r["sent_bytes_per_step"] for r in lines(tmp_path) if r["kind"] == "train")
     p = plan(settings, 4)
-    assert p.base_bytes_per_step + p.outer_bytes_per_step == pytest.approx(measured, rel=0.02)
+    assert p.base_bytes_per_step + p.outer_bytes_per_step == pytest.approx(measured, rel=0.03)
     assert p.steps == 180
 
 

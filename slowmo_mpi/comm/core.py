@@ -60,12 +60,21 @@ class Operation(Generic[T]):
         """
         if not self.test():
             self.comm._wait(self)
+        if self.comm.stream is not None:
+            torch.cuda.current_stream(self.comm.device).wait_stream(self.comm.stream)
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
 
     def _advance(self) -> None:
         """Resume the program as often as what it needs is there. With the communicator's lock held."""
+        if self.comm.stream is None:  # else: torch.cuda.stream(None) costs more than a poll
+            self._resume()
+        else:
+            with torch.cuda.stream(self.comm.stream):
+                self._resume()
+
+    def _resume(self) -> None:
         try:
             while not self._finished and self._is_ready():
                 self._requests, self.peers = next(self._program)
@@ -120,6 +129,9 @@ class Endpoint(ABC):
     local_size: int
     host: str
     device: torch.device
+    transport: str  # of this device's tensors: "direct" or "staged" through host memory
+    transport_reason: str
+    warnings: list[str]  # about the ranks of this host, on its first rank
 
     def __init__(self, timeout: float):
         self.timeout = timeout
@@ -131,6 +143,7 @@ class Endpoint(ABC):
         self.trace: Trace | None = None
         self.lock = threading.RLock()  # whoever moves operations on holds it: the trainer, or the progress thread
         self._under_way: list[Operation[Any]] = []
+        self.stream: torch.cuda.Stream | None = None  # of the additions, so that they pass the model's kernels
         self._operations = 0
         self._scratch: list[Tensor] = []
         self._counted_by = self  # whose sent_bytes
@@ -191,6 +204,8 @@ class Endpoint(ABC):
     def start(self, name: str, program: Program[T]) -> Operation[T]:
         """Begin an operation. On every rank in the same order."""
         operation = Operation(self, name, program)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self.lock:
             self._under_way.append(operation)
             operation._advance()
@@ -336,10 +351,10 @@ class Endpoint(ABC):
         """Until it is done: bounded, and told in full where it takes too long. All others move on meanwhile."""
         start = time.perf_counter()
         while not operation._finished:
-            waiting = time.perf_counter() - start
-            if not self._pause(waiting) or waiting > self.timeout:
-                raise self._timed_out(waiting, operation.peers, operation.name)
             self.poll()
+            waiting = time.perf_counter() - start
+            if not operation._finished and (not self._pause(waiting) or waiting > self.timeout):
+                raise self._timed_out(waiting, operation.peers, operation.name)
         end = time.perf_counter()
         self.waited_s += end - start
         if self.trace is not None:

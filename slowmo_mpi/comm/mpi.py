@@ -84,6 +84,7 @@ class Communicator(Endpoint):
             self.warnings = self._shared_gpus()
             self.transport, self.transport_reason = self._choose(transport, says_cuda())
             self._direct = self.transport == "direct"
+            self.stream = torch.cuda.Stream(self.device, priority=-1)
 
     def _isend(self, payload: Tensor, peer: int, tag: int) -> Message | Late:
         if payload.is_cpu and self._plain:
@@ -125,12 +126,14 @@ class Communicator(Endpoint):
 
     def gather_later(self, mine: bytes) -> Gathering:
         everybody = bytearray(len(mine) * self.size)
-        request = self._mpi.Iallgather([mine, self._MPI.BYTE], [everybody, self._MPI.BYTE])
+        with self.lock:
+            request = self._mpi.Iallgather([mine, self._MPI.BYTE], [everybody, self._MPI.BYTE])
+            message = self._flight.add(Message((mine, everybody), request))
 
         def collect() -> list[bytes]:
             return [bytes(everybody[i * len(mine) : (i + 1) * len(mine)]) for i in range(self.size)]
 
-        return Gathering(self, [self._flight.add(Message((mine, everybody), request))], collect)
+        return Gathering(self, [message], collect)
 
     def _all_reduce_by_mpi(self, x: Tensor) -> list[Message] | None:
         kind = {torch.float32: self._MPI.FLOAT, torch.float64: self._MPI.DOUBLE}.get(x.dtype)
@@ -151,6 +154,7 @@ class Communicator(Endpoint):
         part.Free()
         # An operation of this communicator may stand on messages of its parts: they are moved on together.
         group.lock, group._under_way, group._flight = self.lock, self._under_way, self._flight
+        group.stream = self.stream
         return group
 
     def _relative(self, mpi_comm: Any, timeout: float) -> Communicator:

@@ -12,6 +12,7 @@ import threading
 import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UsageError
@@ -75,6 +76,8 @@ class Thread:
         self._thread.start()
 
     def _run(self) -> None:
+        if self._comm.device.type == "cuda":
+            torch.cuda.set_device(self._comm.device)  # each thread has its own
         while not self._stopped.wait(INTERVAL_S if self._comm.busy else 4 * INTERVAL_S):
             if self._comm.busy:
                 self._comm.poll()
