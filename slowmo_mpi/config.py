@@ -42,6 +42,7 @@ class Run:
     eval_every: int = key(
         0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0, moves=False
     )
+    worker: str = key("rank", 'what one worker is: "rank", "node" (all ranks of a host), or a number of ranks')
     threads: int = key(
         0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0, moves=False
     )
@@ -94,11 +95,25 @@ class Slow:
     average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
     gamma: str = key("mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last"))
     sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks", moves=False)
+    overlap: bool = key(
+        False, "sharded: let the new anchor arrive while the next forward pass already computes", moves=False
+    )
 
 
 @dataclass(frozen=True)
 class Comm:
     timeout: float = key(300.0, "seconds after which a wait for another rank is an error", at_least=0.1, moves=False)
+    allreduce: str = key(
+        "auto",
+        "how vectors are averaged; auto: by their size, as measured",
+        choices=("auto", "doubling", "halving", "ring", "two-level", "mpi"),
+    )
+    progress: str = key(
+        "auto",
+        "who moves messages while the model computes: hooks in it, or a thread",
+        choices=("auto", "hooks", "thread"),
+        moves=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,11 @@ class Config:
         if "/" in run.name or not run.name:
             raise UsageError(f'run.name = "{run.name}" cannot name a folder.', "Type --set run.name=NAME, without a /.")
         seconds(run.stop_after)
+        if run.worker not in ("rank", "node") and not (run.worker.isdigit() and int(run.worker)):
+            raise UsageError(
+                f'run.worker = "{run.worker}" says nothing about ranks.',
+                "Type --set run.worker=node, or the number of ranks that make one worker.",
+            )
         if slow.beta >= 1:
             raise UsageError(
                 f"slowmo.beta = {slow.beta:g} makes the slow momentum grow without bound.",
@@ -409,6 +429,8 @@ def _value(name: str, type_: Any, k: dataclasses.Field[Any], value: Any) -> Any:
     plain = typing.get_origin(wanted) or wanted
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if plain is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     numbers = not isinstance(value, list) or all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)) or not numbers:
         raise UsageError(

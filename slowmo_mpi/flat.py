@@ -32,12 +32,12 @@ class FlatParameters:
     optimizer group stand together: `spans[b]` lists (group, start, stop), covering the whole buffer.
     Gaps of padding hold zeros. Frozen and empty parameters are left where they are.
 
-    groups: the optimizer's parameter groups, lists of parameters.
+    groups: the optimizer's parameter groups, lists of parameters. parts: the vectors are padded to so many equal ones.
     Raises: SlowmoError for parameters that are sparse, complex, on several devices, trainable but in no
     group, or in a group but not in the model.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]):
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]], parts: int = 1):
         named = {p: name for name, p in model.named_parameters()}
         group_of = {p: g for g, members in enumerate(groups) for p in members}
         for p in group_of:
@@ -89,6 +89,8 @@ class FlatParameters:
                 else:
                     spans.append((group, offset, stop))
                 offset = stop
+            offset = -(-offset // (align * parts)) * align * parts
+            spans[-1] = (*spans[-1][:2], offset)
             self.buffers.append(torch.zeros(offset, dtype=dtype, device=device))
             self.spans.append(spans)
         with torch.no_grad():

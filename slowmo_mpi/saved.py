@@ -39,12 +39,13 @@ NUMBERS = ("step", "round", "phase", "begun", "w", "rate_sums", "last_rates", "p
 
 def state_of(worker: SlowMo) -> dict[str, Any]:
     """The tree. Its tensors are the worker's own, not copies."""
+    worker.settle()
     s = worker.state
     tree: dict[str, Any] = {name: getattr(s, name) for name in NUMBERS}
     tree["model"] = s.flat.fingerprint()
-    tree["z"] = by_type(s.flat, s.z)
+    tree["z"] = by_type(s.flat, s.flat.buffers)
     for key, vectors in (("anchor", [x.x0 for x in s.slow]), ("u", [x.u for x in s.slow])):
-        tree[key] = by_type(s.flat, [_share(worker, v, z.numel()) for v, z in zip(vectors, s.z, strict=False)])
+        tree[key] = by_type(s.flat, [_share(worker, v, b) for v, b in zip(vectors, s.flat.buffers, strict=False)])
     tree["in_flight"] = None
     if flight := s.in_flight:
         if flight.age == 0:
@@ -72,6 +73,7 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
 
     Raises: SlowmoError where the tree is another model's.
     """
+    worker.settle()
     s = worker.state
     if tree["model"] != s.flat.fingerprint():
         raise SlowmoError(
@@ -83,8 +85,8 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
         s.in_flight = None
     for name in NUMBERS:
         setattr(s, name, tree[name])
-    for z, saved in zip(s.z, tree["z"].values(), strict=True):
-        z.copy_(saved)
+    for b, saved in zip(s.flat.buffers, tree["z"].values(), strict=True):
+        b.copy_(saved)
     for key in ("anchor", "u"):
         mine = [x.x0 if key == "anchor" else x.u for x in s.slow]
         if len(tree[key]) != len(mine):
@@ -93,12 +95,13 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
                 f"{'one' if mine else 'none'}.",
                 "Give tau as it was when it was saved (tau = 0 has no slow state).",
             )
-        for vector, z, saved in zip(mine, s.z, tree[key].values(), strict=False):  # tau = 0: none
+        for vector, b, saved in zip(mine, s.flat.buffers, tree[key].values(), strict=False):  # tau = 0: none
             if isinstance(saved, Share):  # of `state_dict`, on every rank its own part
                 whole = vector.new_empty(saved.total)
                 whole[saved.here] = saved.part
-                saved = worker.comm.all_gather_(whole, "slow state")
-            vector.copy_(saved[worker.share_of(z)])
+                worker.team.across.all_gather_(whole[worker.team.part(b)], "slow state")
+                saved = whole
+            vector.copy_(saved[worker.share_of(b)])
     _restore_optimizer(worker, tree["optimizer"])
     for name, tensors in (("buffers", dict(worker.model.named_buffers())), ("frozen", frozen(worker))):
         _copy_into(name, tensors, tree[name])
@@ -112,7 +115,7 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
             "Change the base algorithm at a round's boundary.",
         )
     if tree["in_flight"]:
-        worker.base.post_again(s, worker.comm, **tree["in_flight"], vectors=list(tree["packet"].values()))
+        worker.base.post_again(s, worker.team.across, **tree["in_flight"], vectors=list(tree["packet"].values()))
     elif s.step > 0:
         worker.post()
 
@@ -239,12 +242,12 @@ def by_type(flat: FlatParameters, vectors: list[Any]) -> dict[str, Any]:
     return {str(b.dtype).removeprefix("torch."): v for b, v in zip(flat.buffers, vectors, strict=False)}
 
 
-def _share(worker: SlowMo, vector: Tensor, total: int) -> Tensor | Share:
-    """What this rank tells of the slow state: its 1/m, since all ranks have the same; all where they have not."""
+def _share(worker: SlowMo, vector: Tensor, b: Tensor) -> Tensor | Share:
+    """What this rank tells of the slow state of flat vector b: its own part, where the ranks share it."""
     if worker.average == "none":
         return vector
-    mine = worker.comm.shard(total)
-    return Share(vector if worker.sharded else vector[mine], mine, total)
+    kept, told = worker.share_of(b), worker.saved_share_of(b)
+    return Share(vector[told.start - kept.start : told.stop - kept.start], told, b.numel())
 
 
 def _restore_optimizer(worker: SlowMo, saved: Mapping[str, Any]) -> None:

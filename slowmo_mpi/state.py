@@ -34,9 +34,14 @@ class Flight:
 
 @dataclass
 class State:
-    """One worker. `z` in the papers is `flat.buffers`: the de-biased parameters, which the model computes with."""
+    """One worker. `z` in the papers is `flat.buffers`: the de-biased parameters, which the model computes with.
+
+    Where a worker is several ranks, all of them have the whole vectors, and `z` is the part of each that this one
+    exchanges.
+    """
 
     flat: FlatParameters
+    z: list[Tensor]  # views of the flat buffers
     w: float = 1.0  # push-sum weight; the numerator is w * z
     phase: int = 0  # exchanges posted so far: the step of the graph
     in_flight: Flight | None = None
@@ -52,7 +57,3 @@ class State:
     def packet(self) -> Packet:
         """A message to fill, in memory that was used before where there is some: fresh pages are slow."""
         return Packet(self.z, self.spare.pop() if self.spare else None)
-
-    @property
-    def z(self) -> list[Tensor]:
-        return self.flat.buffers

@@ -24,6 +24,7 @@ from .resume import changes
 from .runlog import RunLog, manifest
 from .stopping import Vote, Wish
 from .tasks.sampler import Shards, share
+from .team import ranks_per_worker
 from .worker import SlowMo
 
 EVALUATION_BATCH = 256
@@ -106,10 +107,11 @@ def train(
     torch.manual_seed(run.seed * 1_000_003 + comm.rank + 1)  # dropout and the like differ by rank
 
     optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
-    slow = config.slowmo
+    slow, comm.allreduce = config.slowmo, config.comm.allreduce
     worker = SlowMo(
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
-        beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
+        beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded, overlap=slow.overlap,
+        ranks_per_worker=ranks_per_worker(config.run.worker, comm), progress=config.comm.progress,
     )  # fmt: skip
     checkpoints = Checkpoints(
         worker, folder / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
@@ -327,6 +329,8 @@ def _introduction(config: Config, worker: SlowMo, shards: Shards, total: int, th
     never = f"; tau exceeds the run's {total} steps, so there is no outer step" if slow.tau > total else ""
     simulated = "" if isinstance(comm, Communicator) else ", simulated"
     where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
+    if worker.team.ranks > 1:
+        where += f", {worker.team.ranks} to a worker,"
     return [
         f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
         f"{config.task.batch_size} x {comm.size} samples per step",

@@ -24,9 +24,11 @@ from .comm import Endpoint
 from .comm.progress import WAYS, begin
 from .errors import SlowmoError, UsageError
 from .flat import FlatParameters
+from .restart import Restart
 from .saved import describe, load, pack_all, restore, state_of
 from .slowmo import Slow, outer_step
 from .state import State
+from .team import Team
 
 CONSENSUS_SAMPLE = 65_536  # coordinates that the consensus distance is estimated from
 
@@ -42,6 +44,9 @@ class SlowMo:
     average: "exact", or "none" for the noaverage variant; gamma: the round's rate, "mean" or "last".
     sharded: keep 1/m of anchor and slow momentum on each rank (reduce-scatter and all-gather instead of an
     all-reduce: the same bytes).
+    overlap: let the new anchors arrive while the next forward pass computes (restart.py); with `sharded` only. Until
+    that pass has ended, read parameters in the model's forward alone, or call `settle()` first. The same bits.
+    ranks_per_worker: how many ranks make one worker, with one set of parameters (team.py).
     progress: who moves messages on while the model computes: "hooks", "thread" or "auto" (comm/progress.py).
     Batch-norm's running statistics are averaged wherever the parameters are: at every exact average, and while
     `averaged()` lasts; between them each worker keeps its own. Other buffers are rank 0's at the start, and then
@@ -64,20 +69,23 @@ class SlowMo:
         average: str = "exact",
         gamma: str = "mean",
         sharded: bool = False,
+        overlap: bool = False,
+        ranks_per_worker: int = 1,
         progress: str = "auto",
     ):
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.tau, self.alpha, self.beta = tau, alpha, beta
         self.buffers, self.average, self.gamma = buffers, average, gamma
-        self.sharded, self.progress = sharded, progress
-        self.base = base.bind(comm.size)
+        self.sharded, self.overlap, self.progress = sharded, overlap, progress
+        self.team = Team.of(comm, ranks_per_worker)
+        self.base = base.bind(self.team.across.size)
         self._store: Store | None = None
         self._check_settings()
 
-        flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
+        flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups], self.team.ranks)
         self._check_alike(flat)
         self._broadcast_model(flat)
-        self.state = State(flat)
+        self.state = State(flat, [b[self.team.part(b)] for b in flat.buffers])
         # What "reset" goes back to. Most optimizers have no state before their first step; one that comes with a
         # history (a warm-up, a checkpoint) is reset to none, not to that history.
         unused = all(float(state.get("step", 1)) == 0 for state in optimizer.state.values())
@@ -88,15 +96,17 @@ class SlowMo:
         self.state.peak_rates = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
         comm.find_levels()
         self.progress = begin(progress, model, comm)
-        alone = comm.size == 1 or not self.base.averages_gradients
-        self._gradients = None if alone else GradientAverage(flat, comm)
+        self._restart = Restart(model, flat, comm, self.post) if overlap and comm.size > 1 else None
+        averaging = comm if self.base.averages_gradients else self.team.inside
+        self._gradients = GradientAverage(flat, averaging) if averaging and averaging.size > 1 else None
         if tau:
-            self.state.slow = [Slow.start(z[self.share_of(z)]) for z in self.state.z]
+            self.state.slow = [Slow.start(b[self.share_of(b)]) for b in flat.buffers]
 
     # ---- inner steps ----
     @torch.no_grad()
     def step(self) -> None:
         """After `loss.backward()`: the optimizer's step, the base's exchange, and every `tau` steps the outer step."""
+        self.settle()
         s = self.state
         self.comm.step = s.step
         s.flat.check([g["params"] for g in self.optimizer.param_groups])
@@ -106,7 +116,9 @@ class SlowMo:
         s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
         if self._gradients is not None:
             self._gradients.finish()
-        self.base.step(s, self.comm, self._update, self._remaining())
+        self.base.step(s, self.team.across, self._update, self._remaining())
+        if self.base.communicates:
+            self.team.gather(s.flat.buffers)
         s.step += 1
         if self.tau and s.step % self.tau == 0:
             self._outer_step()
@@ -115,14 +127,27 @@ class SlowMo:
     @torch.no_grad()
     def drain(self) -> None:
         """Take in everything in flight; call it after the last step, and before you use this worker's own weights."""
-        self.base.drain(self.state, self.comm)
+        self.settle()
+        self.base.drain(self.state, self.team.across)
+        self.team.gather(self.state.flat.buffers)
 
     def post(self) -> None:
-        """Post what travels while the next gradient is computed, once per step."""
+        """Post what travels while the next gradient is computed, once per step; what is arriving comes first."""
         s = self.state
-        if s.begun < s.step:
-            self.base.before_gradient(s, self.comm, self._remaining())
+        if s.begun < s.step and not self.is_restarting:
+            self.base.before_gradient(s, self.team.across, self._remaining())
             s.begun = s.step
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether parts of the new anchor are still arriving."""
+        return self._restart is not None and self._restart.is_under_way
+
+    def settle(self) -> None:
+        """Wait for the new anchor where it is still arriving (`overlap`): afterwards the parameters may be read."""
+        if self._restart is not None:
+            with torch.no_grad():
+                self._restart.finish()
 
     def _remaining(self) -> float:
         exact = self.tau and self.average == "exact"
@@ -179,38 +204,56 @@ class SlowMo:
 
     # ---- the outer step ----
     def _outer_step(self) -> None:
-        s = self.state
-        self.base.drain(s, self.comm)
+        s, across = self.state, self.team.across
+        self.base.drain(s, across)
         if self.average == "exact":
             self._check_weights()
             self._average_statistics()
-        for z, slow, spans in zip(s.z, s.slow, s.flat.spans, strict=True):
-            xbar = z if z.dtype == slow.x0.dtype else z.to(slow.x0.dtype)
-            mine = self.share_of(z)
+        else:
+            self.team.gather(s.flat.buffers)
+        for number, (b, slow, spans) in enumerate(zip(s.flat.buffers, s.slow, s.flat.spans, strict=True)):
+            mine, part = self.share_of(b), self.team.part(b)
+            xbar = b if b.dtype == slow.x0.dtype else b.to(slow.x0.dtype)
             if self.average == "exact":  # line 6
-                xbar.mul_(s.w / self.comm.size)
+                xbar[part].mul_(s.w / across.size)
                 if self.sharded:
-                    self.comm.reduce_scatter_(xbar, "exact average")
+                    across.reduce_scatter_(xbar[part], "exact average")
                 else:
-                    self.comm.all_reduce_(xbar, "exact average")
+                    across.all_reduce_(xbar[part], "exact average")
             for group, start, stop in spans:  # lines 7 and 8, with each group's own gamma
                 here = slice(max(start, mine.start), min(stop, mine.stop))
                 if here.start < here.stop:
-                    part = slice(here.start - mine.start, here.stop - mine.start)
+                    own = slice(here.start - mine.start, here.stop - mine.start)
                     rate = self._round_rate(group, slow.x0.dtype)
-                    outer_step(slow.x0[part], slow.u[part], xbar[here], rate, self.alpha, self.beta)
-            z[mine] = slow.x0.to(z.dtype)
-            if self.sharded:
-                self.comm.all_gather_(z, "restart from the new anchor")
+                    outer_step(slow.x0[own], slow.u[own], xbar[here], rate, self.alpha, self.beta)
+            if xbar is not b:
+                b[mine] = xbar[mine].to(b.dtype)
+            if self._restart is not None and self._restart.is_safe:
+                self._restart.begin(number, b)
+            elif self.sharded:
+                across.all_gather_(b[part], "restart from the new anchor")
         if self.average == "exact":
+            self.team.gather(s.flat.buffers)
             s.w = 1.0
         s.round += 1
         s.rate_sums = [0.0] * len(s.rate_sums)
         self._renew_optimizer_state()
 
     def share_of(self, vector: Tensor) -> slice:
-        """The part of a flat vector whose slow state this rank keeps."""
-        return self.comm.shard(vector.numel()) if self.sharded else slice(0, vector.numel())
+        """The part of a flat vector whose slow state this rank keeps; without exact average, of its worker's own."""
+        if self.average == "none":
+            return slice(0, vector.numel())
+        part = self.team.part(vector)
+        return self._within(part) if self.sharded else part
+
+    def _within(self, part: slice) -> slice:
+        """This worker's 1/m of a part of a flat vector."""
+        own = self.team.across.shard(part.stop - part.start)
+        return slice(part.start + own.start, part.start + own.stop)
+
+    def saved_share_of(self, vector: Tensor) -> slice:
+        """The part of a flat vector whose slow state this rank puts into a checkpoint: between all, each once."""
+        return self.share_of(vector) if self.average == "none" else self._within(self.team.part(vector))
 
     def _round_rate(self, group: int, dtype: torch.dtype) -> float:
         """The round's gamma. 0 where it is so small beside the largest that x0 - xbar is nothing but rounding:
@@ -290,22 +333,25 @@ class SlowMo:
 
         Every rank must enter it. Afterwards parameters and batch-norm's statistics are bit for bit what they were.
         """
+        self.settle()
         with torch.no_grad():
             s = self.state
-            parameters = [z.clone() for z in s.z]
+            parameters = [b.clone() for b in s.flat.buffers]
             statistics = [(b, b.clone()) for _, b in self.statistics()]
+            across = self.team.across
             for i, z in enumerate(s.z):
                 xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
                 if s.in_flight is not None and s.in_flight.sent:
                     xbar.add_(s.in_flight.packet.vectors[i], alpha=s.in_flight.sent)
-                z.copy_(self.comm.all_reduce_(xbar, "average for evaluation", divisor=self.comm.size))
+                z.copy_(across.all_reduce_(xbar, "average for evaluation", divisor=across.size))
+            self.team.gather(s.flat.buffers)
             self._average_statistics()
         try:
             yield self.model
         finally:
             with torch.no_grad():
-                for z, kept in zip(s.z, parameters, strict=True):
-                    z.copy_(kept)
+                for vector, kept in zip(s.flat.buffers, parameters, strict=True):
+                    vector.copy_(kept)
                 for b, kept in statistics:
                     b.copy_(kept)
 
@@ -315,13 +361,14 @@ class SlowMo:
 
         Estimated from at most 65,536 coordinates spread evenly, scaled to all; exact for smaller models.
         """
-        square = 0.0
+        self.settle()
+        across, square = self.team.across, 0.0
         for z in self.state.z:
             stride = -(-z.numel() // CONSENSUS_SAMPLE)
             mine = z[::stride].double()
-            mean = self.comm.all_reduce_(mine.clone(), "consensus distance", divisor=self.comm.size)
+            mean = across.all_reduce_(mine.clone(), "consensus distance", divisor=across.size)
             square += float((mine - mean).square().sum()) * z.numel() / mine.numel()
-        return math.sqrt(math.fsum(self.comm.gather(square)) / self.comm.size)
+        return math.sqrt(math.fsum(self.comm.gather(square)) / across.size)
 
     # ---- the start ----
     def _check_settings(self) -> None:
@@ -340,6 +387,12 @@ class SlowMo:
                 f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
                 "tau is a whole number >= 0, alpha >= 0, 0 <= beta < 1.",
             )
+        if self.overlap and (not self.sharded or self.team.ranks > 1 or self.average != "exact"):
+            raise UsageError(
+                "overlap = true gathers the sharded anchor while the next forward pass computes: it needs an exact "
+                "average, sharded slow state and workers of one rank.",
+                "Add sharded = true, or leave overlap off.",
+            )
         if self.sharded and self.average == "none":
             raise UsageError(
                 "Without averaging every worker has its own slow state; it cannot be sharded.",
@@ -351,7 +404,7 @@ class SlowMo:
                 'SlowMo needs gamma: use an optimizer whose groups have "lr".',
             )
         apart = not self.base.communicates and (tau == 0 or self.average == "none")
-        if apart and self.comm.size > 1:
+        if apart and self.team.across.size > 1:
             raise UsageError(
                 f"{type(self.base).__name__} without an exact average never meets the other workers.",
                 'Set tau >= 1 and average="exact".',

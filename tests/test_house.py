@@ -24,10 +24,10 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "doctor", "presets", "picture"],
+    ["train", "plan", "bench", "doctor", "presets", "picture"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
-    ["bases", "buckets", "saved"],
+    ["bases", "buckets", "restart", "saved", "team"],
     ["state", "checkpoint"],
     ["comm"],
     ["flat", "slowmo"],

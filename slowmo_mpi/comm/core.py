@@ -284,11 +284,16 @@ class Endpoint(ABC):
         """Fill x, of which every rank has only its own x[shard], with everybody's."""
         return self.start_all_gather(x, operation).wait()
 
-    def start_all_gather(self, x: Tensor, operation: str = "all-gather") -> Operation[Tensor]:
-        """The same, begun: x must be left alone until it is done."""
+    def start_all_gather(
+        self, x: Tensor, operation: str = "all-gather", arrived: Callable[[int], None] | None = None
+    ) -> Operation[Tensor]:
+        """The same, begun: x must be left alone until it is done.
+
+        arrived: called with a rank's number once its shard is here; lower ranks' come first.
+        """
         from .ring import all_gather
 
-        return self.start(operation, all_gather(self, x, self._next_tag()))
+        return self.start(operation, all_gather(self, x, self._next_tag(), arrived))
 
     def shard(self, length: int, rank: int | None = None) -> slice:
         """The part of a vector that `rank` (default: this one) owns: ceil(length / size) long, the last shorter."""
@@ -348,12 +353,18 @@ class Endpoint(ABC):
 
     # ---- waiting ----
     def _wait(self, operation: Operation[Any]) -> None:
-        """Until it is done: bounded, and told in full where it takes too long. All others move on meanwhile."""
+        """Until it is done: bounded, and told in full where it takes too long."""
+        self.wait_until(lambda: operation._finished, operation)
+
+    def wait_until(self, here: Callable[[], bool], operation: Operation[Any]) -> None:
+        """Until that part of the operation is done which `here` tells of. All others move on meanwhile."""
         start = time.perf_counter()
-        while not operation._finished:
+        while not here():
             self.poll()
             waiting = time.perf_counter() - start
-            if not operation._finished and (not self._pause(waiting) or waiting > self.timeout):
+            if operation._error is not None:
+                raise operation._error
+            if not here() and (not self._pause(waiting) or waiting > self.timeout):
                 raise self._timed_out(waiting, operation.peers, operation.name)
         end = time.perf_counter()
         self.waited_s += end - start

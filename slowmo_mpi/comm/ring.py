@@ -8,7 +8,8 @@ all-reduce a chunk that is summed sets off on its second way round at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +42,41 @@ def reduce_scatter(comm: Endpoint, x: Tensor, tag: int, divisor: float) -> Progr
         mine = yield from reduce_scatter(comm, wide, tag, divisor)
         x[comm.shard(x.numel())] = mine.to(x.dtype)
     elif comm.size > 1:
-        yield from _around(comm, x, tag, divisor, _sums(comm, x), comm.rank - 1, gathers=False)
+        yield from _around(comm, x, tag, divisor, _sums(comm, x), gathers=False)
     elif divisor != 1.0:
         x.div_(divisor)
     return x[comm.shard(x.numel())]
 
 
-def all_gather(comm: Endpoint, x: Tensor, tag: int) -> Program[Tensor]:
-    """Everybody's shard into everybody's x. See Endpoint.all_gather_."""
-    if comm.size > 1:
-        yield from _around(comm, x, tag, 1.0, _copies(comm, x), comm.rank, gathers=True)
+def all_gather(comm: Endpoint, x: Tensor, tag: int, arrived: Callable[[int], None] | None = None) -> Program[Tensor]:
+    """Everybody's shard into everybody's x, the lower shards first. See Endpoint.all_gather_.
+
+    In slot k of m-1 every link carries shard k, so that all ranks have it soon after; but one link has no need of it:
+    that to its owner. There the last shard travels, one link further in each slot, and so there is no slot m-1.
+    arrived: called with a shard's number once it is here.
+    """
+    m, r = comm.size, comm.rank
+    told = arrived or (lambda _: None)
+    told(r)
+    if m == 1:
+        return x
+    left, right = (r - 1) % m, (r + 1) % m
+    order = [k if k != r else m - 1 for k in range(m - 1)]
+    own_slot = r if r < m - 1 else 0
+    due = (chunk for k in order for chunk in _chunks(comm, x, k))
+    waiting = [(c, comm._irecv(c, left, tag)) for c in itertools.islice(due, AHEAD)]
+    sends = [comm._send(c, right, tag) for c in _chunks(comm, x, r)] if own_slot == 0 else []
+    for slot, shard in enumerate(order):
+        if slot == own_slot > 0:
+            sends += [comm._send(c, right, tag) for c in _chunks(comm, x, r)]
+        for _ in _chunks(comm, x, shard):
+            chunk, request = waiting.pop(0)
+            yield [request], (left,)
+            if shard != right:
+                sends.append(comm._send(chunk, right, tag))
+            waiting += [(c, comm._irecv(c, left, tag)) for c in itertools.islice(due, 1)]
+        told(shard)
+    yield sends, (right,)
     return x
 
 
@@ -62,7 +88,7 @@ def all_reduce(comm: Endpoint, x: Tensor, tag: int, divisor: float) -> Program[T
         yield from _copies(comm, x)
 
     if comm.size > 1:
-        yield from _around(comm, x, tag, divisor, both(), comm.rank - 1, gathers=True)
+        yield from _around(comm, x, tag, divisor, both(), gathers=True)
     elif divisor != 1.0:
         x.div_(divisor)
     return x
@@ -90,11 +116,10 @@ def _copies(comm: Endpoint, x: Tensor) -> Iterator[_Arrival]:
 
 
 def _around(
-    comm: Endpoint, x: Tensor, tag: int, divisor: float, arrivals: Iterator[_Arrival], first: int, gathers: bool
+    comm: Endpoint, x: Tensor, tag: int, divisor: float, arrivals: Iterator[_Arrival], gathers: bool
 ) -> Program[None]:
-    """Send the chunks of shard `first`, then handle what arrives, in order, with a few receives posted ahead."""
+    """Send the left rank's shard, then handle what arrives, in order, with a few receives posted ahead."""
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-    own = _chunks(comm, x, first)
     longest = _chunks(comm, x, 0)[0].numel()
     scratch = comm._borrow(x, AHEAD * longest)
     slots = list(scratch[: AHEAD * longest].split(longest)) if longest else [x] * AHEAD
@@ -111,7 +136,7 @@ def _around(
 
     for _ in range(AHEAD):
         post()
-    sends = [comm._send(chunk, right, tag) for chunk in own]
+    sends = [comm._send(chunk, right, tag) for chunk in _chunks(comm, x, left)]
     while waiting:
         arrival, into, request = waiting.pop(0)
         yield [request], (left,)
