@@ -113,7 +113,8 @@ class _Gossip(Base):
         to = [peer for peer, _ in self.graph.sends(phase, comm.rank)]
         sources = [peer for peer, _ in self.graph.receives(phase, comm.rank)]
         packet = s.packet()
-        packet.fill(vectors, weight)
+        with comm.span("copies", "snapshot"):
+            packet.fill(vectors, weight)
         return Flight(comm.exchange(packet.bytes, to, sources, [s.packet().bytes for _ in sources]), packet, phase)
 
     def _arrived(self, s: State, comm: Endpoint) -> Iterator[tuple[Packet, float]]:

@@ -49,6 +49,10 @@ class Run:
     tensorboard: bool = key(False, "also write TensorBoard event files (needs the `tensorboard` extra)", moves=False)
     stop_after: str = key("", 'wall time, such as "5h50m", after which to checkpoint and end with code 75', moves=False)
 
+    def ranks_per_worker(self) -> int | None:
+        """What `worker` says without knowing the hosts; None for "node"."""
+        return {"rank": 1, "node": None}.get(self.worker, int(self.worker) if self.worker.isdigit() else 1)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -12,6 +12,7 @@ import torch
 from . import optim, tasks
 from .comm.collectives import bytes_sent
 from .config import Config
+from .errors import UsageError
 from .flat import FlatParameters
 from .topology import Topology, for_algorithm
 
@@ -52,14 +53,21 @@ class Plan:
 
 def plan(config: Config, ranks: int) -> Plan:
     """Build the model and one optimizer step's state, count everything. Raises: UsageError as `train` would."""
-    graph = for_algorithm(config.base.algorithm, config.base.topology, ranks)
+    team = config.run.ranks_per_worker()
+    if team is None or ranks % team:
+        raise UsageError(
+            f"run.worker = {config.run.worker} does not say how {ranks} ranks make workers.",
+            "Type --set run.worker=8 (a divisor of the ranks).",
+        )
+    workers = ranks // team
+    graph = for_algorithm(config.base.algorithm, config.base.topology, workers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         context = tasks.Context(0, ranks, config.run.seed, config.task.data)
         task = tasks.build(config.task.name, config.task.options, context)
     model = copy.deepcopy(task.model)
     optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
-    flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups])
+    flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups], team)
     for p in flat.parameters:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # on zero gradients: makes the optimizer show all of its buffers
@@ -67,16 +75,17 @@ def plan(config: Config, ranks: int) -> Plan:
     wide = sum(z.numel() * max(4, z.element_size()) for z in flat.buffers)
     buffers = sum(b.numel() * max(4, b.element_size()) for b in model.buffers() if b.is_floating_point())
     slow = config.slowmo
-    share = ranks if slow.sharded else 1
+    share = 1 if slow.average == "none" else ranks if slow.sharded else team
+    inside = (team - 1) / team * n  # what puts a worker's parts together
     optimizer_bytes = sum(
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
     received = max(len(graph.receives(k, 0)) for k in range(graph.period)) if graph else 0
     outer = 0.0
     if slow.tau and slow.average == "exact":
-        vectors = 2 * (ranks - 1) / ranks * wide if slow.sharded else bytes_sent(wide, ranks)
+        vectors = 2 * (workers - 1) / workers * wide / team if slow.sharded else bytes_sent(wide / team, workers)
         others = [buffers, optimizer_bytes if slow.buffers == "average" else 0]
-        outer = (vectors + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
+        outer = (vectors + inside + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
     steps = config.run.steps or _steps(config, task, ranks)
     return Plan(
         ranks=ranks,
@@ -85,8 +94,8 @@ def plan(config: Config, ranks: int) -> Plan:
         gradient_bytes=n,
         optimizer_bytes=optimizer_bytes,
         slow_bytes=2 * wide // share if slow.tau else 0,
-        message_bytes=n * (1 + received) if graph else -(-2 * wide // ranks),
-        base_bytes_per_step=_base_bytes(config, graph, n, ranks),
+        message_bytes=n // team * (1 + received) if graph else -(-2 * wide // ranks),
+        base_bytes_per_step=_base_bytes(config, graph, n, ranks, team),
         outer_bytes_per_step=outer,
         allreduce_bytes_per_step=bytes_sent(n, ranks),
         steps=steps,
@@ -98,19 +107,20 @@ def plan(config: Config, ranks: int) -> Plan:
     )
 
 
-def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int) -> float:
+def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int, team: int) -> float:
     """What rank 0 sends per inner step, on average over a cycle of the graph and a round."""
     if config.base.algorithm == "allreduce":
         return bytes_sent(n, ranks)
+    inside = bytes_sent(n, team)
     if graph is None:
-        return 0.0
+        return inside
     peers = sum(len(graph.sends(k, 0)) for k in range(graph.period)) / graph.period
     slow = config.slowmo
     posted = 1.0 / max(1, config.base.delay) if config.base.algorithm == "osgp" else 1.0
     if slow.tau and slow.average == "exact":  # exchanges that the exact average would undo are skipped
         delay = max(1, config.base.delay) if config.base.algorithm == "osgp" else 1
         posted = math.ceil((slow.tau - delay) / delay) / slow.tau if slow.tau > delay else 0.0
-    return peers * posted * (n + 8)
+    return inside + (team - 1) / team * n + peers * posted * (n / team + 8)
 
 
 def _checkpoint_bytes(config: Config, ranks: int, model: int, optimizer: int, buffers: int, slow: int) -> int:

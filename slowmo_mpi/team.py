@@ -46,7 +46,7 @@ class Team:
             )
         mine = next(i for i, members in enumerate(workers) if comm.rank in members)
         place = workers[mine].index(comm.rank)
-        return cls(across=comm.split(place), inside=comm.split(mine))
+        return cls(across=comm.group(place), inside=comm.group(mine))
 
     @property
     def ranks(self) -> int:
@@ -64,14 +64,12 @@ class Team:
                 self.inside.all_gather_(vector, "gather inside the worker")
 
 
-def ranks_per_worker(setting: str, comm: Endpoint) -> int:
-    """What `run.worker` means here: "rank", "node", or a number. Raises: UsageError where the hosts differ."""
-    if setting == "node":
-        sizes = set(comm.gather(comm.local_size))
-        if len(sizes) > 1:
-            raise UsageError(
-                f"run.worker = node, but the hosts have different numbers of ranks: {sorted(sizes)}.",
-                "Start as many ranks on every host.",
-            )
-        return sizes.pop()
-    return 1 if setting == "rank" else int(setting)
+def ranks_of_a_node(comm: Endpoint) -> int:
+    """How many ranks every host has. Collective. Raises: UsageError where the hosts differ."""
+    sizes = set(comm.gather(comm.local_size))
+    if len(sizes) > 1:
+        raise UsageError(
+            f"run.worker = node, but the hosts have different numbers of ranks: {sorted(sizes)}.",
+            "Start as many ranks on every host.",
+        )
+    return sizes.pop()

@@ -73,4 +73,5 @@ class Trace:
                     "args": {"sort_index": thread},
                 }
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")

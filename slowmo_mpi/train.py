@@ -24,7 +24,8 @@ from .resume import changes
 from .runlog import RunLog, manifest
 from .stopping import Vote, Wish
 from .tasks.sampler import Shards, share
-from .team import ranks_per_worker
+from .team import ranks_of_a_node
+from .trace import Trace
 from .worker import SlowMo
 
 EVALUATION_BATCH = 256
@@ -89,12 +90,14 @@ def train(
     show: Show | None = None,
     resume: Checkpoint | None = None,
     wish: Wish | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     """Train as `config` says, on all ranks together; the last evaluation, as in metrics.jsonl.
 
     folder: the run folder; rank 0 writes manifest.json, config.toml, metrics.jsonl, checkpoints and, at the end,
     model.pt: the averaged, de-biased model as a plain `state_dict`. Seeds torch's global generator.
     resume: go on from there. wish: asked whether to stop early; the result then has "stopped", the reason.
+    trace: each rank writes trace/rank-N.json, its time line, for Perfetto.
     Raises: SlowmoError, among others when the loss is no longer a number.
     """
     run = config.run
@@ -110,8 +113,9 @@ def train(
     slow, comm.allreduce = config.slowmo, config.comm.allreduce
     worker = SlowMo(
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
-        beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded, overlap=slow.overlap,
-        ranks_per_worker=ranks_per_worker(config.run.worker, comm), progress=config.comm.progress,
+        beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
+        overlap=slow.overlap, ranks_per_worker=config.run.ranks_per_worker() or ranks_of_a_node(comm),
+        progress=config.comm.progress,
     )  # fmt: skip
     checkpoints = Checkpoints(
         worker, folder / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
@@ -139,6 +143,7 @@ def train(
     if resume:
         resume.close()
 
+    comm.trace = Trace(comm.rank) if trace else None
     started = time.perf_counter() - extra.get("elapsed_s", 0.0)
     stopped = ""
     vote = Vote(comm, wish or Wish(), first)
@@ -148,10 +153,13 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(config.optimizer, time_now, end)
             waited, sent = comm.waited_s, comm.sent_bytes
-            batch = to_device(task.train.batch(shards.indices(step)), comm.device)
-            loss, metrics = task.loss(model, batch)
-            optimizer.zero_grad(set_to_none=False)  # the gradients stay views of one vector
-            loss.backward()
+            with comm.span("input and output", "batch"):
+                batch = to_device(task.train.batch(shards.indices(step)), comm.device)
+            with comm.span("computation", "forward"):
+                loss, metrics = task.loss(model, batch)
+            optimizer.zero_grad(set_to_none=False)  # gradients that are averaged stay where they are sent from
+            with comm.span("computation", "backward"):
+                loss.backward()
             worker.step()
             window.waited_s += comm.waited_s - waited
             window.sent_bytes += comm.sent_bytes - sent
@@ -203,6 +211,8 @@ def train(
         if log is not None:
             log.close(result="done", steps=steps, final=last)
     finally:
+        if comm.trace is not None:
+            comm.trace.write(folder / "trace" / f"rank-{comm.rank}.json")
         if show is not None:
             show.close()
     return last

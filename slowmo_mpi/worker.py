@@ -121,7 +121,8 @@ class SlowMo:
             self.team.gather(s.flat.buffers)
         s.step += 1
         if self.tau and s.step % self.tau == 0:
-            self._outer_step()
+            with self.comm.span("outer step", "outer step"):
+                self._outer_step()
         self.post()
 
     @torch.no_grad()
@@ -159,8 +160,10 @@ class SlowMo:
         rates = [g["lr"] for g in groups]
         for g in groups:
             g["lr"] = g["lr"] * scale
-        with torch.enable_grad():
+        self.comm.poll()
+        with torch.enable_grad(), self.comm.span("computation", "optimizer step"):
             self.optimizer.step()
+        self.comm.poll()
         for g, rate in zip(groups, rates, strict=True):
             g["lr"] = rate
 

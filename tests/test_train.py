@@ -110,6 +110,8 @@ PLANS = [
     ["slowmo.average=none"],
     ["base.topology=exponential-two-peer", "slowmo.sharded=true"],
     ["optimizer.name=adam", "slowmo.buffers=average"],
+    ["run.worker=2"],
+    ["run.worker=2", "slowmo.sharded=true", "slowmo.tau=5"],
 ]
 
 

@@ -45,6 +45,7 @@ TOLD_CHARACTERS = 400  # of an exception's text; some of torch's go on for pages
     metavar="SECTION.KEY",
     help="With --resume: this key may differ from the checkpoint's; may be repeated.",
 )
+@click.option("--trace", is_flag=True, help="Write each rank's time line, trace/rank-N.json, for ui.perfetto.dev.")
 @click.option("--json", "as_json", is_flag=True, help="Print the last evaluation as JSON on stdout.")
 def train(
     config: str,
@@ -53,6 +54,7 @@ def train(
     simulate: int | None,
     resume: str | None,
     allowed: tuple[str, ...],
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Train what CONFIG describes, and leave a run folder.
@@ -90,7 +92,8 @@ def train(
     from ..topology import for_algorithm
 
     size = ranks or simulate or (claim.size if claim else 1)
-    for_algorithm(settings.base.algorithm, settings.base.topology, size)
+    if per_worker := settings.run.ranks_per_worker():
+        for_algorithm(settings.base.algorithm, settings.base.topology, max(1, size // per_worker))
     if allowed and not resume:
         raise UsageError("--allow-changed says something of --resume, which is missing.", "Add --resume RUN.")
     if resume and resume != "auto" and not Path(resume).exists():
@@ -98,14 +101,14 @@ def train(
     if ranks:
         from ..launch import run
 
-        flags = [f"--set={o}" for o in overrides] + (["--json"] if as_json else [])
+        flags = [f"--set={o}" for o in overrides] + ["--json"] * as_json + ["--trace"] * trace
         flags += [f"--allow-changed={k}" for k in allowed] + ([f"--resume={resume}"] if resume else [])
         return run(ranks, ["train", *flags, "--", config])
 
     from .. import tasks
     from ..stopping import Wish
 
-    job = Job(settings, Wish(configuration.seconds(settings.run.stop_after)), resume or "", allowed)
+    job = Job(settings, Wish(configuration.seconds(settings.run.stop_after)), resume or "", allowed, trace)
     with job.wish.listening():  # torch is imported below, and a signal may come before it is
         tasks.check_options(settings.task.name, settings.task.options)
         return _simulated(job, simulate, as_json) if simulate else _rank(job, as_json)
@@ -119,6 +122,7 @@ class Job:
     wish: Wish
     resume: str
     allowed: tuple[str, ...]
+    trace: bool
     folder: Path | None = None
 
     def run(self, comm: Endpoint) -> dict[str, Any]:
@@ -140,7 +144,8 @@ class Job:
         else:
             folder = together(comm, lambda: make_folder(self.settings), only=0)[0]
         self.folder = folder
-        return train(self.settings, comm, folder, Progress() if comm.rank == 0 else None, checkpoint, self.wish)
+        show = Progress() if comm.rank == 0 else None
+        return train(self.settings, comm, folder, show, checkpoint, self.wish, self.trace)
 
 
 def _simulated(job: Job, ranks: int, as_json: bool) -> int:

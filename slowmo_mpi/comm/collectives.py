@@ -73,7 +73,7 @@ def _widened(x: Tensor, program: Program[Tensor], wide: Tensor) -> Program[Tenso
 
 
 def _by_mpi(comm: Endpoint, x: Tensor, divisor: float, requests: list[object]) -> Program[Tensor]:
-    comm.sent_bytes += 2 * (comm.size - 1) * x.numel() * x.element_size() // comm.size  # the least there can be
+    comm._whole.sent_bytes += 2 * (comm.size - 1) * x.numel() * x.element_size() // comm.size  # the least there can be
     yield requests, ()
     return x.div_(divisor) if divisor != 1.0 else x
 

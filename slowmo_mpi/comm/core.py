@@ -13,6 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -92,8 +93,8 @@ class Operation(Generic[T]):
     def _end(self, result: T | None) -> None:
         self._result, self._finished = result, True
         self.comm._under_way.remove(self)
-        if self.comm.trace is not None:
-            self.comm.trace.add("messages", self.name, self._started_s, time.perf_counter())
+        if self.comm._whole.trace is not None:
+            self.comm._whole.trace.add("messages", self.name, self._started_s, time.perf_counter())
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Endpoint(ABC):
         self.stream: torch.cuda.Stream | None = None  # of the additions, so that they pass the model's kernels
         self._operations = 0
         self._scratch: list[Tensor] = []
-        self._counted_by = self  # whose sent_bytes
+        self._whole = self  # the communicator that this is a group of: its counts, trace and step are meant
         self.levels: tuple[Endpoint, Endpoint] | None = None  # see find_levels
 
     # ---- the primitives ----
@@ -186,6 +187,12 @@ class Endpoint(ABC):
         """The same ranks with a communication of their own, for a thread; collective."""
         return self
 
+    def group(self, color: int) -> Endpoint:
+        """`split`, for a group whose bytes, waits and spans count as this communicator's."""
+        part = self.split(color)
+        part._whole = self._whole
+        return part
+
     def find_levels(self) -> None:
         """Make `levels`: the ranks of this host, and those with this place on every host. Collective.
 
@@ -195,10 +202,8 @@ class Endpoint(ABC):
         ranks = {host: [r for r, h in enumerate(hosts) if h == host] for host in hosts}
         per_host = {len(members) for members in ranks.values()}
         if self.levels is None and len(ranks) > 1 and per_host == {len(hosts) // len(ranks)} != {1}:
-            inside = self.split(list(ranks).index(self.host))
-            across = self.split(inside.rank)
-            inside._counted_by = across._counted_by = self
-            self.levels = inside, across
+            inside = self.group(list(ranks).index(self.host))
+            self.levels = inside, self.group(inside.rank)
 
     # ---- operations ----
     def start(self, name: str, program: Program[T]) -> Operation[T]:
@@ -337,7 +342,7 @@ class Endpoint(ABC):
         return self._operations % TAGS
 
     def _send(self, payload: Tensor, peer: int, tag: int) -> Any:
-        self._counted_by.sent_bytes += payload.numel() * payload.element_size()
+        self._whole.sent_bytes += payload.numel() * payload.element_size()
         return self._isend(payload, peer, tag)
 
     def _borrow(self, like: Tensor, length: int) -> Tensor:
@@ -352,6 +357,11 @@ class Endpoint(ABC):
         self._scratch = [scratch, *self._scratch[:15]]
 
     # ---- waiting ----
+    def span(self, lane: str, name: str) -> AbstractContextManager[None]:
+        """What is done inside the block is a span of the trace, where there is one."""
+        trace = self._whole.trace
+        return trace.span(lane, name) if trace is not None else nullcontext()
+
     def _wait(self, operation: Operation[Any]) -> None:
         """Until it is done: bounded, and told in full where it takes too long."""
         self.wait_until(lambda: operation._finished, operation)
@@ -367,14 +377,15 @@ class Endpoint(ABC):
             if not here() and (not self._pause(waiting) or waiting > self.timeout):
                 raise self._timed_out(waiting, operation.peers, operation.name)
         end = time.perf_counter()
-        self.waited_s += end - start
-        if self.trace is not None:
-            self.trace.add("waiting", operation.name, start, end)
+        self._whole.waited_s += end - start
+        if self._whole.trace is not None:
+            self._whole.trace.add("waiting", operation.name, start, end)
 
     def _timed_out(self, waited_s: float, peers: Sequence[int], operation: str) -> SlowmoError:
         whom = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}" if peers else "the others"
         return SlowmoError(
-            f"Rank {self.rank} on {self.host} waited {waited_s:.1f} s for {whom} at step {self.step}: {operation}.",
+            f"Rank {self.rank} on {self.host} waited {waited_s:.1f} s for {whom} "
+            f"at step {self._whole.step}: {operation}.",
             "A rank is stuck, dead, or out of step; if it is only slow, raise comm.timeout.",
         )
 

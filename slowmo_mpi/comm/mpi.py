@@ -112,7 +112,7 @@ class Communicator(Endpoint):
             return self._flight.done(requests)
         except self._MPI.Exception as error:
             raise SlowmoError(
-                f"MPI failed on rank {self.rank} at step {self.step}: {error}.",
+                f"MPI failed on rank {self.rank} at step {self._whole.step}: {error}.",
                 "A rank is dead or out of step: did all call worker.step() equally often?",
             ) from None
 
