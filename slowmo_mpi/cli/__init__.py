@@ -13,6 +13,7 @@ import click
 
 from .. import __version__
 from ..errors import DONE, FAILED, INTERRUPTED, USAGE, SlowmoError
+from .bench import bench
 from .checkpoint import checkpoint
 from .doctor import doctor
 from .init import init
@@ -38,7 +39,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, topology, checkpoint, doctor):
+for command in (init, train, plan, topology, checkpoint, bench, doctor):
     slowmo.add_command(command)
 
 
