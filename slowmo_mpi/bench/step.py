@@ -22,7 +22,7 @@ BASES: dict[str, Callable[[], Base]] = {
 }  # fmt: skip
 COPIES = 7  # of the model, kept for one variant: weights, gradients, momentum, anchor, slow momentum, two messages
 ABOUT = (
-    "time of a training step, mean over a block; with SlowMo, outer steps included",
+    "time of a training step, mean over a block; with SlowMo (sharded, overlap), outer steps included",
     "forward ... outer step: the ranks' mean; wait: for messages, in whichever of them (ddp does not tell)",
 )
 
@@ -44,7 +44,7 @@ def measure(
         for name, tau in variants:
             label = f"{name}, tau {tau}" if tau else name
             bench.tell(f"step, {model}: making {label}")
-            trained[label] = make(BASES[name](), tau=tau)
+            trained[label] = make(BASES[name](), tau=tau, sharded=tau > 0, overlap=tau > 0 and comm.size > 1)
         if against:
             trained[against] = make(wrap=_distributed)
         for t in trained.values():

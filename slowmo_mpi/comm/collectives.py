@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .core import Endpoint, Operation, Program
 
 # Measured: benchmarks/, `slowmo bench allreduce`.
-DOUBLING_BYTES = 16_384  # up to this, by recursive doubling
-HALVING_BYTES_PER_RANK = 16_384  # up to this much per rank, by halving and doubling where m is a power of two
+DOUBLING_BYTES = 65_536  # up to this, by recursive doubling
+HALVING_BYTES_PER_RANK = 262_144  # up to this much per rank, by halving and doubling where m is a power of two
 SEGMENT_BYTES = 16 << 20  # of the two-level algorithm: one is inside the host while another is between hosts
 
 
