@@ -100,13 +100,13 @@ class Training:
         return bits(list(self.model.parameters()))
 
     def is_right(self, same: bool) -> bool:
-        """Whether the loss is finite, the push-sum weights sum to the ranks, and the anchors have the same bits on
-        all ranks; with `same`, also the models. Collective."""
+        """Whether the loss is finite, the push-sum weights sum to the ranks, and the anchors (where they are whole)
+        have the same bits on all ranks; with `same`, also the models. Collective."""
         bench, worker = self._bench, self.worker
         right = bench.all(math.isfinite(self._loss.item()))
         if worker:
             right &= abs(math.fsum(bench.comm.gather(worker.state.w)) - bench.comm.size) < 1e-6
-            right &= bench.same(bits([slow.x0 for slow in worker.state.slow]))
+            right &= worker.sharded or bench.same(bits([slow.x0 for slow in worker.state.slow]))
         return right and (not same or bench.same(self.fingerprint()))
 
 
