@@ -8,6 +8,11 @@ model and `w` the push-sum weight, the numerator being w * z (Assran et al., ICM
     receive   z += rw / (w + rw) * (rz - z);  w += rw
 
 Invariants: the weights, in flight included, sum to m; so do the numerators to their total.
+
+Where messages are rounded (`State.wire`), what travels is Q(z), and the invariants still hold: D-PSGD adds
+W_ij (Q(x_j) - Q(x_i)), whose sum over workers is 0 since W is symmetric; under push-sum the sender keeps what rounding
+took, w z = (what it sends) Q(z) + (what it keeps) z', so z' = z + p / p_self (z - Q(z)), where p + p_self = 1.
+(No graph has p_self = 0: `Topology` refuses it.)
 """
 
 from __future__ import annotations
@@ -123,7 +128,7 @@ class _Gossip(Base):
         flight, s.in_flight = s.in_flight, None
         received = flight.exchange.wait()
         for (_, p), payload in zip(self.graph.receives(flight.phase, comm.rank), received, strict=True):
-            yield Packet(s.z, payload), p
+            yield s.packet(payload), p
         s.spare += [flight.packet.bytes, *received]
 
 
@@ -152,7 +157,7 @@ class DPSGD(_Gossip):
             before = s.in_flight.packet.vectors
             for packet, p in self._arrived(s, comm):
                 for z, theirs, mine in zip(s.z, packet.vectors, before, strict=True):
-                    z.add_(theirs.sub_(mine), alpha=p)
+                    z.add_(theirs.to(z.dtype).sub_(mine), alpha=p)
 
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is not None:
@@ -182,9 +187,11 @@ class OSGP(_Gossip):
             self._push(s, comm)
 
     def step(self, s: State, comm: Endpoint, update: Update, remaining: float) -> None:
+        self._keep_rest(s)
         update(1 / s.w)
         if not self.delay and remaining > 1:  # what a round's last step sends, the exact average would undo
             self._push(s, comm)
+            self._keep_rest(s)
         if s.in_flight is not None:
             s.in_flight.age += 1
             if s.in_flight.age >= self.delay:
@@ -196,13 +203,24 @@ class OSGP(_Gossip):
         flight = self._post(s, comm)
         flight.sent, s.w = (1 - kept) * s.w, kept * s.w
 
+    def _keep_rest(self, s: State) -> None:
+        """What rounding took from a message is kept, before z changes: z' = z + p / p_self (z - Q(z)).
+
+        Not when it is posted, so that the gradient beside it is taken at z, and to undo the posting is to forget it.
+        """
+        if s.in_flight is not None and s.in_flight.age == 0:
+            for z, sent in zip(s.z, s.in_flight.packet.vectors, strict=True):
+                if sent.dtype != z.dtype:
+                    torch.lerp(z, sent.to(z.dtype), -s.in_flight.sent / s.w, out=z)
+
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is None:
             return
+        self._keep_rest(s)
         for packet, p in self._arrived(s, comm):
             rw = p * packet.weight
             for z, rz in zip(s.z, packet.vectors, strict=True):
-                torch.lerp(z, rz, rw / (s.w + rw), out=z)
+                torch.lerp(z, rz.to(z.dtype), rw / (s.w + rw), out=z)
             s.w += rw
 
 

@@ -7,13 +7,15 @@ gradients are all there sets off; buckets set off in the same order on every ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .comm import Endpoint, Operation
+from .comm import Endpoint
+from .comm.compressed import ErrorFeedback
 from .errors import SlowmoError
 from .flat import ALIGN_BYTES, FlatParameters, like_parameter
 
@@ -29,15 +31,20 @@ class _Bucket:
     memory: Tensor
     views: list[Tensor] = field(default_factory=list)
     missing: int = 0  # gradients that are not there yet
-    operation: Operation[Tensor] | None = None
+    feedback: ErrorFeedback | None = None  # where it travels in a narrower type
+    take: Callable[[], Tensor] | None = None  # waits for the average on its way
 
 
 class GradientAverage:
     """Averages the gradients of `flat` over the ranks of `comm`; from hooks, as long as it lives."""
 
-    def __init__(self, flat: FlatParameters, comm: Endpoint):
+    def __init__(self, flat: FlatParameters, comm: Endpoint, wire: torch.dtype | None = None):
         self._flat, self._comm = flat, comm
         self._buckets = _cut(flat)
+        if wire is not None:
+            for bucket in self._buckets:
+                bucket.feedback = ErrorFeedback.start(bucket.memory, wire)
+        self.errors = [b.feedback.error for b in self._buckets if b.feedback is not None]
         self._home = {i: (b, k) for b in self._buckets for k, i in enumerate(b.members)}
         self._fresh = [False] * len(flat.parameters)  # whose gradient is there, in this backward
         self._under_way = self._finished = False
@@ -61,7 +68,7 @@ class GradientAverage:
         self._under_way, self._finished, self._next = True, False, 0
         self._fresh = [False] * len(self._fresh)
         for bucket in self._buckets:
-            bucket.missing, bucket.operation = len(bucket.members), None
+            bucket.missing, bucket.take = len(bucket.members), None
 
     @torch.no_grad()
     def _arrived(self, i: int, p: nn.Parameter) -> None:
@@ -101,7 +108,11 @@ class GradientAverage:
             if not self._fresh[i]:
                 bucket.memory[k] = self._flat.parameters[i].grad is not None
                 self._adopt(i)
-        bucket.operation = self._comm.start_all_reduce(bucket.memory, "gradient average", divisor=self._comm.size)
+        if bucket.feedback is not None:
+            bucket.take = bucket.feedback.all_reduce(self._comm, bucket.memory, "gradient average")
+        else:
+            operation = self._comm.start_all_reduce(bucket.memory, "gradient average", divisor=self._comm.size)
+            bucket.take = operation.wait
 
     @torch.no_grad()
     def _end_of_backward(self) -> None:
@@ -109,8 +120,11 @@ class GradientAverage:
         while self._next < len(self._buckets):
             self._set_off()
         for bucket in self._buckets:
-            assert bucket.operation is not None
-            bucket.operation.wait()
+            assert bucket.take is not None
+            mean = bucket.take()
+            if bucket.feedback is not None:
+                bucket.memory.copy_(mean)
+                bucket.feedback.error[: len(bucket.members)] = 0  # the flags
             for k, i in enumerate(bucket.members):
                 if not self._fresh[i] and not float(bucket.memory[k]):
                     self._flat.parameters[i].grad = None

@@ -106,6 +106,12 @@ class Slow:
 
 @dataclass(frozen=True)
 class Comm:
+    dtype: str = key(
+        "float32",
+        "how gossip, exact averages and gradients travel: as they are (float32), or rounded to half the bytes, where "
+        "what rounding takes is kept and sent later",
+        choices=("float32", "bfloat16", "float16"),
+    )
     timeout: float = key(300.0, "seconds after which a wait for another rank is an error", at_least=0.1, moves=False)
     allreduce: str = key(
         "auto",
@@ -194,6 +200,12 @@ class Config:
                     'slowmo.average = "none" gives every worker its own slow state; it cannot be sharded.',
                     "Type --set slowmo.sharded=false.",
                 )
+        if slow.sharded and slow.tau > 0 and self.comm.dtype != "float32":
+            raise UsageError(
+                f'comm.dtype = "{self.comm.dtype}" rounds x0 - z on its way to the exact average, and with '
+                "slowmo.sharded no rank has all of x0.",
+                "Type --set slowmo.sharded=false, or --set comm.dtype=float32.",
+            )
         if base.algorithm == "local" and slow.tau == 0:
             raise UsageError(
                 'base.algorithm = "local" with slowmo.tau = 0 never averages: the workers would train apart.',

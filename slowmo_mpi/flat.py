@@ -149,20 +149,45 @@ def like_parameter(p: Tensor, memory: Tensor, start: int) -> Tensor:
     return torch.as_strided(memory, p.shape, torch.empty_like(p, device="meta").stride(), start)
 
 
+def wire_type(name: str) -> torch.dtype | None:
+    """What the configuration calls comm.dtype; None for "float32": everything travels as it is."""
+    return None if name == "float32" else {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def travels_as(dtype: torch.dtype, wire: torch.dtype | None) -> torch.dtype:
+    """The type in which values of `dtype` travel: `wire` where that is narrower, else their own."""
+    return wire if wire is not None and wire.itemsize < dtype.itemsize else dtype
+
+
+def round_into(rounded: Tensor, x: Tensor) -> None:
+    """rounded = x in rounded's type. Raises: SlowmoError where that is float16 and x is beyond its range."""
+    rounded.copy_(x)
+    # Never inf without a word. (bfloat16 has float32's range.)
+    if rounded.dtype == torch.float16 != x.dtype and not bool(rounded.isfinite().all()):
+        raise SlowmoError(
+            f"A value of size {float(x.abs().max()):g} is to travel as float16, whose largest is 65504.",
+            "Use bfloat16 (comm.dtype), which has float32's range; where the value is inf or nan, a lower rate.",
+        )
+
+
 class Packet:
     """One message: a snapshot of the flat vectors and of the push-sum weight, in one run of bytes.
 
     `vectors` and `weight` are views of `bytes` (uint8). A message in flight must not change, hence a copy.
     """
 
-    def __init__(self, like: Sequence[Tensor], received: Tensor | None = None):
-        """Room for a message shaped like the vectors `like`; or `received`, bytes that came in, read as one."""
-        sizes = [v.numel() * v.element_size() for v in like]
+    def __init__(self, like: Sequence[Tensor], wire: torch.dtype | None = None, received: Tensor | None = None):
+        """Room for a message of the vectors `like`, in the type `wire` where that is narrower than theirs.
+
+        received: bytes that came in, to be read as such a message.
+        """
+        types = [travels_as(v.dtype, wire) for v in like]
+        sizes = [v.numel() * t.itemsize for v, t in zip(like, types, strict=True)]
         if received is None:
             received = torch.empty(sum(sizes) + 8, dtype=torch.uint8, device=like[0].device)
         self.bytes = received
         pieces = self.bytes.split([*sizes, 8])
-        self.vectors = [piece.view(v.dtype) for piece, v in zip(pieces, like, strict=False)]
+        self.vectors = [piece.view(t) for piece, t in zip(pieces, types, strict=False)]
         self._weight = pieces[-1].view(torch.float64)
 
     @property
@@ -172,5 +197,5 @@ class Packet:
     def fill(self, vectors: Sequence[Tensor], weight: float) -> None:
         """Copy `vectors` and `weight` in: one pass over memory."""
         for mine, v in zip(self.vectors, vectors, strict=True):
-            mine.copy_(v)
+            round_into(mine, v)
         self._weight.fill_(weight)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from . import optim, tasks
+from .comm import compressed
 from .comm.collectives import bytes_sent
 from .config import Config
 from .errors import UsageError
-from .flat import FlatParameters
+from .flat import FlatParameters, travels_as, wire_type
 from .topology import Topology, for_algorithm
 
 
@@ -30,6 +31,7 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     slow_bytes: int
+    error_bytes: int
     message_bytes: int
     base_bytes_per_step: float
     outer_bytes_per_step: float
@@ -44,7 +46,8 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """All of the above that stays in memory; activations come on top."""
-        return self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes + self.message_bytes
+        state = self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes
+        return state + self.error_bytes + self.message_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -81,9 +84,17 @@ def plan(config: Config, ranks: int) -> Plan:
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
     received = max(len(graph.receives(k, 0)) for k in range(graph.period)) if graph else 0
+    wire = wire_type(config.comm.dtype)
+    elements = sum(z.numel() for z in flat.buffers)
+    message = sum(z.numel() * travels_as(z.dtype, wire).itemsize for z in flat.buffers) // team
+    exact = bool(slow.tau) and slow.average == "exact"
+    gradients = config.base.algorithm == "allreduce" and ranks > 1
+    error_bytes = (exact * wide // team + gradients * wide) if wire else 0
     outer = 0.0
-    if slow.tau and slow.average == "exact":
+    if exact:
         vectors = 2 * (workers - 1) / workers * wide / team if slow.sharded else bytes_sent(wide / team, workers)
+        if wire:
+            vectors = compressed.bytes_sent(elements / team, workers, wire)
         others = [buffers, optimizer_bytes if slow.buffers == "average" else 0]
         outer = (vectors + inside + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
     steps = config.run.steps or _steps(config, task, ranks)
@@ -94,23 +105,30 @@ def plan(config: Config, ranks: int) -> Plan:
         gradient_bytes=n,
         optimizer_bytes=optimizer_bytes,
         slow_bytes=2 * wide // share if slow.tau else 0,
-        message_bytes=n // team * (1 + received) if graph else -(-2 * wide // ranks),
-        base_bytes_per_step=_base_bytes(config, graph, n, ranks, team),
+        error_bytes=error_bytes,
+        message_bytes=message * (1 + received) if graph else -(-2 * wide // ranks),
+        base_bytes_per_step=_base_bytes(config, graph, n, message, elements, ranks, team),
         outer_bytes_per_step=outer,
         allreduce_bytes_per_step=bytes_sent(n, ranks),
         steps=steps,
         rounds=steps // slow.tau if steps and slow.tau else None,
-        checkpoint_bytes=_checkpoint_bytes(config, ranks, n, optimizer_bytes, buffers, 2 * wide if slow.tau else 0),
+        checkpoint_bytes=_checkpoint_bytes(
+            config, ranks, n, message * team, optimizer_bytes, buffers, 2 * wide if slow.tau else 0
+        )
+        + ranks * error_bytes,
         topology=config.base.topology if graph else None,
         spectral_gap=1 - graph.contraction if graph else None,
         steps_to_average=graph.steps_to_average() if graph else None,
     )
 
 
-def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int, team: int) -> float:
+def _base_bytes(
+    config: Config, graph: Topology | None, n: int, message: int, elements: int, ranks: int, team: int
+) -> float:
     """What rank 0 sends per inner step, on average over a cycle of the graph and a round."""
     if config.base.algorithm == "allreduce":
-        return bytes_sent(n, ranks)
+        wire = wire_type(config.comm.dtype)
+        return compressed.bytes_sent(elements, ranks, wire) if wire else bytes_sent(n, ranks)
     inside = bytes_sent(n, team)
     if graph is None:
         return inside
@@ -120,14 +138,16 @@ def _base_bytes(config: Config, graph: Topology | None, n: int, ranks: int, team
     if slow.tau and slow.average == "exact":  # exchanges that the exact average would undo are skipped
         delay = max(1, config.base.delay) if config.base.algorithm == "osgp" else 1
         posted = math.ceil((slow.tau - delay) / delay) / slow.tau if slow.tau > delay else 0.0
-    return inside + (team - 1) / team * n + peers * posted * (n / team + 8)
+    return inside + (team - 1) / team * n + peers * posted * (message + 8)
 
 
-def _checkpoint_bytes(config: Config, ranks: int, model: int, optimizer: int, buffers: int, slow: int) -> int:
+def _checkpoint_bytes(
+    config: Config, ranks: int, model: int, message: int, optimizer: int, buffers: int, slow: int
+) -> int:
     """A row per rank of what differs between workers, and once what is the same on all."""
     rows = 1 if config.base.algorithm == "allreduce" else ranks
     slow_rows = ranks if config.slowmo.average == "none" else 1
-    packet = model if config.base.algorithm == "osgp" and config.base.delay > 1 else 0
+    packet = message if config.base.algorithm == "osgp" and config.base.delay > 1 else 0
     return rows * (model + optimizer + packet) + ranks * buffers + slow_rows * slow
 
 

@@ -5,6 +5,9 @@
     anchor, u        {dtype: this rank's 1/m of (d,)}             the slow state; all of it without exact average
     in_flight        phase, age, sent, weight                     an exchange that is some steps old, and the packet
     packet           {dtype: (d,)}                                that was sent (it is posted again on resume)
+    error            {dtype: (d,)}                                what rounding took from averages; 0 outside this
+    error_parts      number                                       rank's part, one of so many
+    gradient_error   {bucket: (n,)}                               what rounding took from gradients
     optimizer        state by parameter, groups                   buffers, step counts, rates
     buffers, frozen  {name: tensor}                               of the model
     modules          what modules with `get_extra_state` give
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .worker import SlowMo
 
 NUMBERS = ("step", "round", "phase", "begun", "w", "rate_sums", "last_rates", "peak_rates")
+AVERAGED = ("z", "anchor", "u", "error", "gradient_error", "optimizer", "optimizer_other")  # for other ranks
 
 
 def state_of(worker: SlowMo) -> dict[str, Any]:
@@ -46,6 +50,8 @@ def state_of(worker: SlowMo) -> dict[str, Any]:
     tree["z"] = by_type(s.flat, s.flat.buffers)
     for key, vectors in (("anchor", [x.x0 for x in s.slow]), ("u", [x.u for x in s.slow])):
         tree[key] = by_type(s.flat, [_share(worker, v, b) for v, b in zip(vectors, s.flat.buffers, strict=False)])
+    tree |= {kind: {name: _whole(worker, kind, name, e) for name, e in s.errors[kind].items()} for kind in s.errors}
+    tree["error_parts"] = worker.team.ranks
     tree["in_flight"] = None
     if flight := s.in_flight:
         if flight.age == 0:
@@ -102,6 +108,13 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
                 worker.team.across.all_gather_(whole[worker.team.part(b)], "slow state")
                 saved = whole
             vector.copy_(saved[worker.share_of(b)])
+    for kind in s.errors:
+        for name, error in s.errors[kind].items():
+            saved = tree.get(kind, {}).get(name)
+            if saved is None:  # nothing was rounded before
+                error.zero_()
+            else:
+                error.copy_(saved[worker.team.part(saved)] if kind == "error" else saved)
     _restore_optimizer(worker, tree["optimizer"])
     for name, tensors in (("buffers", dict(worker.model.named_buffers())), ("frozen", frozen(worker))):
         _copy_into(name, tensors, tree[name])
@@ -124,9 +137,10 @@ def for_rank(checkpoint: Checkpoint, comm: Endpoint) -> dict[str, Any]:
     """The tree of this rank, of a checkpoint of as many ranks or, at a round's boundary, of another number of them.
 
     On another number: z is the workers' average sum(w z) / m, messages in flight included (at a boundary all are
-    equal); slow state as it is (without exact average: the mean); the optimizer's floating-point buffers are the mean
-    over workers where all have the same ones. Everything else rank i has from the old rank i mod m; push-sum weights
-    are 1; random streams are not restored (rng is None). Averages are taken in float64, on all ranks together.
+    equal); slow state as it is (without exact average: the mean); what rounding took is the mean, since only that
+    counts; the optimizer's floating-point buffers are the mean over workers where all have the same ones.
+    Everything else rank i has from the old rank i mod m; push-sum weights are 1; random streams are not restored (rng
+    is None). Averages are taken in float64, on all ranks together.
     """
     ranks = checkpoint.ranks
     if ranks == comm.size:
@@ -136,10 +150,11 @@ def for_rank(checkpoint: Checkpoint, comm: Endpoint) -> dict[str, Any]:
     averaged: dict[str, Tensor] = {}
     for name, (_, shape) in checkpoint.datasets.items():
         kind, flying = name.split("/")[0], False
-        terms = {name: [t["w"] if kind == "z" else 1.0 for t in told]}
+        of_kind = {"z": "w", "error": "error_parts"}.get(kind)
+        terms = {name: [t[of_kind] if of_kind else 1.0 for t in told]}
         if kind == "z" and told[0]["in_flight"]:  # also where z is the same everywhere: what is in flight is older
             flying, terms[name.replace("z/", "packet/")] = True, [t["in_flight"]["sent"] for t in told]
-        if flying or (len(shape) == 2 and kind in ("z", "anchor", "u", "optimizer", "optimizer_other")):
+        if flying or (len(shape) == 2 and kind in AVERAGED):
             if kind.startswith("optimizer") and not same_optimizer:
                 continue
             averaged[name] = _mean(checkpoint, terms, comm)
@@ -240,6 +255,16 @@ def _with_extra_state(worker: SlowMo) -> list[tuple[str, nn.Module]]:
 def by_type(flat: FlatParameters, vectors: list[Any]) -> dict[str, Any]:
     """One vector per buffer, by the name of the buffer's type."""
     return {str(b.dtype).removeprefix("torch."): v for b, v in zip(flat.buffers, vectors, strict=False)}
+
+
+def _whole(worker: SlowMo, kind: str, name: str, error: Tensor) -> Tensor:
+    """An error as a whole flat vector, 0 where this rank has no part of it; those of gradients are whole."""
+    if kind != "error" or worker.team.ranks == 1:
+        return error
+    b = by_type(worker.state.flat, worker.state.flat.buffers)[name]
+    whole = error.new_zeros(b.numel())
+    whole[worker.team.part(b)] = error
+    return whole
 
 
 def _share(worker: SlowMo, vector: Tensor, b: Tensor) -> Tensor | Share:

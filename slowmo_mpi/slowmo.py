@@ -5,7 +5,7 @@
     line 8   x0   = x0 - alpha * gamma * u
 
 u is in units of a gradient: what was gathered before the learning rate changed keeps its meaning after it.
-Line 6 is communication (worker.py); what is here is elementwise, so it may be done on any part of the vectors.
+Line 6 is communication (average.py); what is here is elementwise, so it may be done on any part of the vectors.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .flat import FlatParameters, Packet
@@ -22,7 +23,8 @@ class Flight:
     """A gossip exchange that was posted and not yet taken in.
 
     packet: what this rank sent; sent: the push-sum weight that left with it (0 where no mass moves);
-    phase: the step of the graph it belongs to; age: optimizer steps since it was posted.
+    phase: the step of the graph it belongs to; age: optimizer steps since it was posted. At age 0 nothing has
+    changed yet but w and phase.
     """
 
     exchange: Operation[list[Tensor]]
@@ -42,6 +44,7 @@ class State:
 
     flat: FlatParameters
     z: list[Tensor]  # views of the flat buffers
+    wire: torch.dtype | None = None  # the type that messages are rounded to; None: they travel as they are
     w: float = 1.0  # push-sum weight; the numerator is w * z
     phase: int = 0  # exchanges posted so far: the step of the graph
     in_flight: Flight | None = None
@@ -52,8 +55,12 @@ class State:
     rate_sums: list[float] = field(default_factory=list)  # learning rates used in this round, summed, per group
     last_rates: list[float] = field(default_factory=list)
     peak_rates: list[float] = field(default_factory=list)  # the largest rate ever, per group
+    errors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what rounding took (comm/compressed.py)
     spare: list[Tensor] = field(default_factory=list)  # memory of past messages, for the next ones
 
-    def packet(self) -> Packet:
-        """A message to fill, in memory that was used before where there is some: fresh pages are slow."""
-        return Packet(self.z, self.spare.pop() if self.spare else None)
+    def packet(self, received: Tensor | None = None) -> Packet:
+        """A message to fill, in memory that was used before where there is some: fresh pages are slow.
+
+        received: bytes that came in, to be read as a message.
+        """
+        return Packet(self.z, self.wire, self.spare.pop() if received is None and self.spare else received)

@@ -20,6 +20,7 @@ from .comm import Communicator, Endpoint
 from .comm.mpi import library_version
 from .config import Base, Config, Run, dump
 from .errors import SlowmoError
+from .flat import wire_type
 from .resume import changes
 from .runlog import RunLog, manifest
 from .stopping import Vote, Wish
@@ -115,7 +116,7 @@ def train(
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
         beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
         overlap=slow.overlap, ranks_per_worker=config.run.ranks_per_worker() or ranks_of_a_node(comm),
-        progress=config.comm.progress,
+        wire=wire_type(config.comm.dtype), progress=config.comm.progress,
     )  # fmt: skip
     checkpoints = Checkpoints(
         worker, folder / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .average import average_
 from .bases import Base
 from .buckets import GradientAverage
 from .checkpoint.store import Store, newest
 from .comm import Endpoint
+from .comm.compressed import ErrorFeedback
 from .comm.progress import WAYS, begin
 from .errors import SlowmoError, UsageError
 from .flat import FlatParameters
 from .restart import Restart
-from .saved import describe, load, pack_all, restore, state_of
+from .saved import by_type, describe, load, pack_all, restore, state_of
 from .slowmo import Slow, outer_step
 from .state import State
 from .team import Team
@@ -47,6 +49,8 @@ class SlowMo:
     overlap: let the new anchors arrive while the next forward pass computes (restart.py); with `sharded` only. Until
     that pass has ended, read parameters in the model's forward alone, or call `settle()` first. The same bits.
     ranks_per_worker: how many ranks make one worker, with one set of parameters (team.py).
+    wire: torch.bfloat16 or torch.float16: what gossip, exact averages and AllReduce's gradients are rounded to on their
+    way between workers; what rounding takes is kept and sent later. None: they travel as they are.
     progress: who moves messages on while the model computes: "hooks", "thread" or "auto" (comm/progress.py).
     Batch-norm's running statistics are averaged wherever the parameters are: at every exact average, and while
     `averaged()` lasts; between them each worker keeps its own. Other buffers are rank 0's at the start, and then
@@ -71,12 +75,13 @@ class SlowMo:
         sharded: bool = False,
         overlap: bool = False,
         ranks_per_worker: int = 1,
+        wire: torch.dtype | None = None,
         progress: str = "auto",
     ):
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.tau, self.alpha, self.beta = tau, alpha, beta
         self.buffers, self.average, self.gamma = buffers, average, gamma
-        self.sharded, self.overlap, self.progress = sharded, overlap, progress
+        self.sharded, self.overlap, self.wire, self.progress = sharded, overlap, wire, progress
         self.team = Team.of(comm, ranks_per_worker)
         self.base = base.bind(self.team.across.size)
         self._store: Store | None = None
@@ -85,7 +90,7 @@ class SlowMo:
         flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups], self.team.ranks)
         self._check_alike(flat)
         self._broadcast_model(flat)
-        self.state = State(flat, [b[self.team.part(b)] for b in flat.buffers])
+        self.state = State(flat, [b[self.team.part(b)] for b in flat.buffers], wire)
         # What "reset" goes back to. Most optimizers have no state before their first step; one that comes with a
         # history (a warm-up, a checkpoint) is reset to none, not to that history.
         unused = all(float(state.get("step", 1)) == 0 for state in optimizer.state.values())
@@ -98,9 +103,18 @@ class SlowMo:
         self.progress = begin(progress, model, comm)
         self._restart = Restart(model, flat, comm, self.post) if overlap and comm.size > 1 else None
         averaging = comm if self.base.averages_gradients else self.team.inside
-        self._gradients = GradientAverage(flat, averaging) if averaging and averaging.size > 1 else None
+        rounded = wire if self.base.averages_gradients else None  # inside a worker gradients are not
+        self._gradients = GradientAverage(flat, averaging, rounded) if averaging and averaging.size > 1 else None
         if tau:
             self.state.slow = [Slow.start(b[self.share_of(b)]) for b in flat.buffers]
+        self.feedback: list[ErrorFeedback] = []  # of line 6
+        if wire is not None and average == "exact":
+            self.feedback = [ErrorFeedback.start(slow.x0, wire) for slow in self.state.slow]
+        gradients = self._gradients.errors if self._gradients is not None else []
+        self.state.errors = {
+            "error": by_type(flat, [f.error for f in self.feedback]),
+            "gradient_error": {str(i): e for i, e in enumerate(gradients)},
+        }
 
     # ---- inner steps ----
     @torch.no_grad()
@@ -217,12 +231,8 @@ class SlowMo:
         for number, (b, slow, spans) in enumerate(zip(s.flat.buffers, s.slow, s.flat.spans, strict=True)):
             mine, part = self.share_of(b), self.team.part(b)
             xbar = b if b.dtype == slow.x0.dtype else b.to(slow.x0.dtype)
-            if self.average == "exact":  # line 6
-                xbar[part].mul_(s.w / across.size)
-                if self.sharded:
-                    across.reduce_scatter_(xbar[part], "exact average")
-                else:
-                    across.all_reduce_(xbar[part], "exact average")
+            if self.average == "exact":
+                average_(self, number, xbar[part])  # line 6
             for group, start, stop in spans:  # lines 7 and 8, with each group's own gamma
                 here = slice(max(start, mine.start), min(stop, mine.stop))
                 if here.start < here.stop:
@@ -342,10 +352,12 @@ class SlowMo:
             parameters = [b.clone() for b in s.flat.buffers]
             statistics = [(b, b.clone()) for _, b in self.statistics()]
             across = self.team.across
+            flight = s.in_flight
+            w = s.w + flight.sent if flight is not None and flight.age == 0 else s.w  # what was sent is z still
             for i, z in enumerate(s.z):
-                xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(s.w)
-                if s.in_flight is not None and s.in_flight.sent:
-                    xbar.add_(s.in_flight.packet.vectors[i], alpha=s.in_flight.sent)
+                xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(w)
+                if flight is not None and flight.age and flight.sent:
+                    xbar.add_(flight.packet.vectors[i], alpha=flight.sent)
                 z.copy_(across.all_reduce_(xbar, "average for evaluation", divisor=across.size))
             self.team.gather(s.flat.buffers)
             self._average_statistics()
@@ -401,6 +413,16 @@ class SlowMo:
                 "Without averaging every worker has its own slow state; it cannot be sharded.",
                 "Use sharded=False.",
             )
+        if self.wire not in (None, torch.bfloat16, torch.float16):
+            raise UsageError(
+                f"Messages cannot be rounded to {self.wire}.", "wire is None, torch.bfloat16 or torch.float16."
+            )
+        if self.sharded and self.wire is not None and tau:
+            raise UsageError(
+                "What is rounded on its way to the exact average is x0 - z, and with a sharded slow state no rank has "
+                "all of x0.",
+                "Use sharded=False, or wire=None.",
+            )
         if any("lr" not in g for g in self.optimizer.param_groups):
             raise UsageError(
                 f"{type(self.optimizer).__name__} has a parameter group without a learning rate.",
@@ -424,7 +446,7 @@ class SlowMo:
         buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
         settings = {
             k: getattr(self, k)
-            for k in ("base", "tau", "alpha", "beta", "buffers", "average", "gamma", "sharded", "optimizer")
+            for k in ("base", "tau", "alpha", "beta", "buffers", "average", "gamma", "sharded", "wire", "optimizer")
         }
         settings["optimizer"] = type(self.optimizer).__name__
         everybody = self.comm.gather((hash_of([flat.fingerprint(), others, buffers]), hash_of(settings)))

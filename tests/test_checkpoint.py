@@ -158,6 +158,7 @@ def snapshot(worker: SlowMo) -> dict[str, Any]:
     found |= {f"anchor {i}": bits(x.x0) for i, x in enumerate(s.slow)} | {
         f"u {i}": bits(x.u) for i, x in enumerate(s.slow)
     }
+    found |= {f"{kind} {name}": bits(e) for kind, errors in s.errors.items() for name, e in errors.items()}
     flight = s.in_flight
     found["flight"] = flight and (flight.phase, flight.age, flight.sent, bits(flight.packet.bytes))
     for name, p in worker.model.named_parameters():
@@ -182,8 +183,10 @@ def cases(base: Base) -> list[dict]:
         {"tau": TAU, "buffers": buffers, "sharded": sharded}
         for buffers, sharded in itertools.product(("reset", "maintain", "average"), (False, True))
     ]
+    found += [{"tau": TAU, "wire": torch.bfloat16}]
     if base.communicates:
-        found += [{"tau": 0}, {"tau": TAU, "average": "none", "buffers": "maintain"}]
+        found += [{"tau": 0, "wire": torch.float16}, {"tau": TAU, "average": "none", "buffers": "maintain"}]
+        found += [{"tau": 0}]
     more = ({}, {"gamma": "last", "alpha": 0.7}, {"beta": 0.0}, {"alpha": 1.1, "beta": 0.8})
     return [s | more[i % len(more)] for i, s in enumerate(found)]
 

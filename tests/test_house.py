@@ -27,7 +27,7 @@ STOREYS = [
     ["train", "plan", "bench", "doctor", "presets", "picture"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
-    ["bases", "buckets", "restart", "saved", "team"],
+    ["average", "bases", "buckets", "restart", "saved", "team"],
     ["state", "checkpoint"],
     ["comm"],
     ["flat", "slowmo"],

@@ -112,6 +112,10 @@ PLANS = [
     ["optimizer.name=adam", "slowmo.buffers=average"],
     ["run.worker=2"],
     ["run.worker=2", "slowmo.sharded=true", "slowmo.tau=5"],
+    ["comm.dtype=bfloat16"],
+    ["comm.dtype=float16", "base.algorithm=osgp", "base.delay=2", "slowmo.tau=5"],
+    ["comm.dtype=bfloat16", "base.algorithm=allreduce", "slowmo.tau=0"],
+    ["comm.dtype=bfloat16", "base.algorithm=local", "slowmo.tau=5", "run.worker=2"],
 ]
 
 

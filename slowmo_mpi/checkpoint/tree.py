@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SlowmoError
 from ..flat import FlatParameters
 
-WHOLE = ("z", "anchor", "u", "packet")
+WHOLE = ("z", "anchor", "u", "packet", "error", "gradient_error")
 PLAIN = (torch.float32, torch.float64, torch.float16, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 STORED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # other types, by size: as their bits
 
@@ -75,7 +75,7 @@ def pack(tree: Mapping[str, Any], flat: FlatParameters) -> Packed:
     """Lay a state out. Raises: SlowmoError for something that a checkpoint cannot hold, with its place.
 
     A tensor below "optimizer/state/PARAMETER/KEY" with the parameter's shape goes where the parameter lies in `flat`,
-    into the vector optimizer/KEY/DTYPE. Those of z, anchor, u and packet are vectors already: {"z": {"float32": ...}}
+    into the vector optimizer/KEY/DTYPE. What stands below a key in WHOLE is a vector already: {"z": {"float32": ...}}
     is z/float32. Every other one goes behind those before it, into FIRST_WORD/DTYPE (optimizer_other/DTYPE).
     """
     vectors: dict[str, Vector] = {}
