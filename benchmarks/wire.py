@@ -72,7 +72,9 @@ CASES = [
         Case(f"step 2x{rate}", 2, rate, f"{STEP} --batch 8 --bases allreduce,sgp,osgp --slowmo 12 --against ddp")
         for rate in ("1gbit", "10gbit", "none")
     ),
-    Case("step 4x1gbit", 4, "1gbit", f"{STEP} --batch 4 --bases allreduce,osgp --slowmo 12 --against ddp"),
+    Case("step 4x1gbit", 4, "1gbit", f"{STEP} --batch 2 --bases allreduce,osgp --slowmo 12 --against ddp"),
+    Case("step, bfloat16, 4x1gbit", 4, "1gbit",
+         f"{STEP} --batch 2 --bases osgp --slowmo 12 --dtype bfloat16 --against ddp"),
     Case("outer", 0, "", "outer --lengths 1Mi,11Mi,25Mi --repeat 15", 1),
 ]  # fmt: skip
 

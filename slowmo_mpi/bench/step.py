@@ -11,6 +11,7 @@ from torch import nn
 
 from ..bases import DPSGD, OSGP, SGP, AllReduce, Base, Local
 from ..errors import UsageError
+from ..flat import wire_type
 from .common import Bench, Sample
 from .gloo import gloo
 from .models import build
@@ -22,14 +23,14 @@ BASES: dict[str, Callable[[], Base]] = {
 }  # fmt: skip
 COPIES = 7  # of the model, kept for one variant: weights, gradients, momentum, anchor, slow momentum, two messages
 ABOUT = (
-    "time of a training step, mean over a block; with SlowMo (sharded, overlap), outer steps included",
+    "time of a training step, mean over a block; with SlowMo (of float32: sharded, overlap), outer steps included",
     "forward ... outer step: the ranks' mean; wait: for messages, in whichever of them (ddp does not tell)",
 )
 
 
 def measure(
     bench: Bench, model: str, parameters: int, batch: int, image: int, bases: Sequence[str], slowmo: int, steps: int,
-    against: str | None,
+    dtype: str, against: str | None,
 ) -> Report:  # fmt: skip
     """A row per variant: every base alone and with SlowMo of tau = `slowmo` (0: alone only)."""
     comm = bench.comm
@@ -40,11 +41,14 @@ def measure(
     count = _check_memory(bench, model, parameters, image, len(variants) + bool(against))
     make = partial(Training, bench, (model, parameters), batch, image)
     trained: dict[str, Training] = {}
+    wire = wire_type(dtype)
     with gloo(comm) if against else nullcontext():
         for name, tau in variants:
             label = f"{name}, tau {tau}" if tau else name
             bench.tell(f"step, {model}: making {label}")
-            trained[label] = make(BASES[name](), tau=tau, sharded=tau > 0, overlap=tau > 0 and comm.size > 1)
+            sharded = tau > 0 and wire is None
+            settings = {"tau": tau, "wire": wire, "sharded": sharded, "overlap": sharded and comm.size > 1}
+            trained[label] = make(BASES[name](), **settings)
         if against:
             trained[against] = make(wrap=_distributed)
         for t in trained.values():
@@ -69,7 +73,7 @@ def measure(
         Column("images_per_s", "images/s", ".1f"), OK,
     ]  # fmt: skip
     what = f"{model}, {count:,} parameters, batch {batch} a rank, {image}x{image} random images, SGD with momentum"
-    about = [f"{what}; blocks of {steps} steps", *ABOUT]
+    about = [f"{what}; ours send {dtype}; blocks of {steps} steps", *ABOUT]
     if against:
         about.append("ddp: DistributedDataParallel over gloo, its settings as they come")
     return report(bench, "step", about, columns, rows)

@@ -169,6 +169,8 @@ def outer(**options: Any) -> int:
               help="Every base also with SlowMo of this tau; 0: not.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=12, show_default=True,
               help="Of a repetition, made whole rounds of tau.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+              help="What our messages are rounded to.")  # fmt: skip
 @click.option("--against", type=click.Choice(["ddp"]), help="Also DistributedDataParallel over gloo.")
 @_common(ranks=2, seconds=120)
 def step(**options: Any) -> int:
