@@ -28,6 +28,7 @@ from torch import Tensor
 from .comm.core import Endpoint
 from .errors import UsageError
 from .flat import Packet
+from .slowmo import PIECE
 from .state import Flight, State
 from .topology import Topology, load, require_symmetric
 
@@ -157,7 +158,8 @@ class DPSGD(_Gossip):
             before = s.in_flight.packet.vectors
             for packet, p in self._arrived(s, comm):
                 for z, theirs, mine in zip(s.z, packet.vectors, before, strict=True):
-                    z.add_(theirs.to(z.dtype).sub_(mine), alpha=p)
+                    for part, their, my in zip(*(v.split(PIECE) for v in (z, theirs, mine)), strict=True):
+                        part.add_(their.to(z.dtype).sub_(my), alpha=p)
 
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is not None:
@@ -211,7 +213,7 @@ class OSGP(_Gossip):
         if s.in_flight is not None and s.in_flight.age == 0:
             for z, sent in zip(s.z, s.in_flight.packet.vectors, strict=True):
                 if sent.dtype != z.dtype:
-                    torch.lerp(z, sent.to(z.dtype), -s.in_flight.sent / s.w, out=z)
+                    mix(z, sent, -s.in_flight.sent / s.w)
 
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is None:
@@ -220,8 +222,14 @@ class OSGP(_Gossip):
         for packet, p in self._arrived(s, comm):
             rw = p * packet.weight
             for z, rz in zip(s.z, packet.vectors, strict=True):
-                torch.lerp(z, rz.to(z.dtype), rw / (s.w + rw), out=z)
+                mix(z, rz, rw / (s.w + rw))
             s.w += rw
+
+
+def mix(z: Tensor, other: Tensor, share: float) -> None:
+    """z += share * (other - z), in pieces, so that what is widened on the way stays in the cache."""
+    for part, theirs in zip(z.split(PIECE), other.split(PIECE), strict=True):
+        torch.lerp(part, theirs.to(z.dtype), share, out=part)
 
 
 @dataclass(frozen=True)

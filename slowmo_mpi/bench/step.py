@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ def measure(
             label = f"{name}, tau {tau}" if tau else name
             bench.tell(f"step, {model}: making {label}")
             sharded = tau > 0 and wire is None
-            settings = {"tau": tau, "wire": wire, "sharded": sharded, "overlap": sharded and comm.size > 1}
+            settings: dict[str, Any] = {"tau": tau, "wire": wire, "sharded": sharded, "overlap": sharded and comm.size > 1}
             trained[label] = make(BASES[name](), **settings)
         if against:
             trained[against] = make(wrap=_distributed)
