@@ -48,8 +48,8 @@ def measure(
             label = f"{name}, tau {tau}" if tau else name
             bench.tell(f"step, {model}: making {label}")
             sharded = tau > 0 and wire is None
-            settings: dict[str, Any] = {"tau": tau, "wire": wire, "sharded": sharded, "overlap": sharded and comm.size > 1}
-            trained[label] = make(BASES[name](), **settings)
+            settings: dict[str, Any] = {"sharded": sharded, "overlap": sharded and comm.size > 1}
+            trained[label] = make(BASES[name](), tau=tau, wire=wire, **settings)
         if against:
             trained[against] = make(wrap=_distributed)
         for t in trained.values():
