@@ -98,7 +98,7 @@ def main(names: tuple[str, ...], out: Path, only_list: bool) -> None:
             sys.exit(f"{case.name} ended with code {result.returncode}.")
         done[case.name] = {"line": case.line(), **json.loads(result.stdout)}
         out.write_text(json.dumps(done, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n\n".join(map(table, done.values())) + "\n")
+        out.with_suffix(".tables.md").write_text("\n\n".join(map(table, done.values())) + "\n")
         click.echo(table(done[case.name]))
 
 
