@@ -96,7 +96,11 @@ class Slow:
     alpha: float = key(1.0, "slow learning rate", at_least=0)
     beta: float = key(0.6, "slow momentum, 0 <= beta < 1; 0.2 suits 4 workers, 0.6 suits 16 and more", at_least=0)
     buffers: str = key("reset", "the optimizer's buffers when a round starts", choices=("reset", "maintain", "average"))
-    average: str = key("exact", "line 6, exact average or none (`noaverage`)", choices=("exact", "none"))
+    average: str = key(
+        "exact",
+        "line 6: exact average; none (`noaverage`); delayed: made while the next round computes (CO2)",
+        choices=("exact", "none", "delayed"),
+    )
     gamma: str = key("mean", "gamma of lines 7-8, the round's mean rate or its last step's", choices=("mean", "last"))
     sharded: bool = key(False, "keep 1/m of anchor and slow momentum on each of the m ranks", moves=False)
     overlap: bool = key(
@@ -200,18 +204,20 @@ class Config:
                     'slowmo.average = "none" gives every worker its own slow state; it cannot be sharded.',
                     "Type --set slowmo.sharded=false.",
                 )
-        if slow.sharded and slow.tau > 0 and self.comm.dtype != "float32":
-            raise UsageError(
-                f'comm.dtype = "{self.comm.dtype}" rounds x0 - z on its way to the exact average, and with '
-                "slowmo.sharded no rank has all of x0.",
-                "Type --set slowmo.sharded=false, or --set comm.dtype=float32.",
-            )
+        for name, value, usual in (
+            ("comm.dtype", self.comm.dtype, "float32"), ("slowmo.average", slow.average, "exact"),
+        ):  # fmt: skip
+            if slow.sharded and slow.tau > 0 and value != usual:
+                raise UsageError(
+                    f'With {name} = "{value}" x0 - z is averaged, and with slowmo.sharded no rank has all of x0.',
+                    f"Type --set slowmo.sharded=false, or --set {name}={usual}.",
+                )
         if base.algorithm == "local" and slow.tau == 0:
             raise UsageError(
                 'base.algorithm = "local" with slowmo.tau = 0 never averages: the workers would train apart.',
                 "For Local SGD type --set slowmo.tau=12 --set slowmo.alpha=1 --set slowmo.beta=0.",
             )
-        if base.algorithm == "osgp" and slow.average == "exact" and 1 < slow.tau <= base.delay:
+        if base.algorithm == "osgp" and slow.average != "none" and 1 < slow.tau <= base.delay:
             raise UsageError(
                 f"base.delay = {base.delay} exchanges nothing in a round of slowmo.tau = {slow.tau} steps.",
                 f"Type --set base.delay={slow.tau - 1} or less, or --set base.algorithm=local.",

@@ -87,16 +87,17 @@ def plan(config: Config, ranks: int) -> Plan:
     wire = wire_type(config.comm.dtype)
     elements = sum(z.numel() for z in flat.buffers)
     message = sum(z.numel() * travels_as(z.dtype, wire).itemsize for z in flat.buffers) // team
-    exact = bool(slow.tau) and slow.average == "exact"
+    exact = bool(slow.tau) and slow.average != "none"
+    vectors = 3 if slow.average == "delayed" else 2  # anchor, slow momentum, a displacement on its way
     gradients = config.base.algorithm == "allreduce" and ranks > 1
     error_bytes = (exact * wide // team + gradients * wide) if wire else 0
     outer = 0.0
     if exact:
-        vectors = 2 * (workers - 1) / workers * wide / team if slow.sharded else bytes_sent(wide / team, workers)
+        mean = 2 * (workers - 1) / workers * wide / team if slow.sharded else bytes_sent(wide / team, workers)
         if wire:
-            vectors = compressed.bytes_sent(elements / team, workers, wire)
+            mean = compressed.bytes_sent(elements / team, workers, wire)
         others = [buffers, optimizer_bytes if slow.buffers == "average" else 0]
-        outer = (vectors + inside + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
+        outer = (mean + inside + sum(bytes_sent(size, ranks) for size in others)) / slow.tau
     steps = config.run.steps or _steps(config, task, ranks)
     return Plan(
         ranks=ranks,
@@ -104,7 +105,7 @@ def plan(config: Config, ranks: int) -> Plan:
         model_bytes=n,
         gradient_bytes=n,
         optimizer_bytes=optimizer_bytes,
-        slow_bytes=2 * wide // share if slow.tau else 0,
+        slow_bytes=vectors * wide // share if slow.tau else 0,
         error_bytes=error_bytes,
         message_bytes=message * (1 + received) if graph else -(-2 * wide // ranks),
         base_bytes_per_step=_base_bytes(config, graph, n, message, elements, ranks, team),
@@ -113,7 +114,7 @@ def plan(config: Config, ranks: int) -> Plan:
         steps=steps,
         rounds=steps // slow.tau if steps and slow.tau else None,
         checkpoint_bytes=_checkpoint_bytes(
-            config, ranks, n, message * team, optimizer_bytes, buffers, 2 * wide if slow.tau else 0
+            config, ranks, n, message * team, optimizer_bytes, buffers, 2 * (vectors - 1) * wide if slow.tau else 0
         )
         + ranks * error_bytes,
         topology=config.base.topology if graph else None,
@@ -135,7 +136,7 @@ def _base_bytes(
     peers = sum(len(graph.sends(k, 0)) for k in range(graph.period)) / graph.period
     slow = config.slowmo
     posted = 1.0 / max(1, config.base.delay) if config.base.algorithm == "osgp" else 1.0
-    if slow.tau and slow.average == "exact":  # exchanges that the exact average would undo are skipped
+    if slow.tau and slow.average != "none":  # exchanges that the exact average would undo are skipped
         delay = max(1, config.base.delay) if config.base.algorithm == "osgp" else 1
         posted = math.ceil((slow.tau - delay) / delay) / slow.tau if slow.tau > delay else 0.0
     return inside + (team - 1) / team * n + peers * posted * (message + 8)

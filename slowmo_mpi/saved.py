@@ -8,6 +8,9 @@
     error            {dtype: (d,)}                                what rounding took from averages; 0 outside this
     error_parts      number                                       rank's part, one of so many
     gradient_error   {bucket: (n,)}                               what rounding took from gradients
+    late             rates                                        with a delayed average: the mean way of the last
+    displacement     {dtype: this rank's 1/m of (d,)}             round, waited for, and the rates it was gone at;
+    ahead            {dtype: this rank's 1/m of (d,)}             what taking it in will add to x0 (for readers only)
     optimizer        state by parameter, groups                   buffers, step counts, rates
     buffers, frozen  {name: tensor}                               of the model
     modules          what modules with `get_extra_state` give
@@ -27,12 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .average import ahead
 from .checkpoint.read import Checkpoint
 from .checkpoint.store import attributes_of
 from .checkpoint.tree import Packed, Share, pack
 from .comm import Endpoint
 from .errors import SlowmoError
 from .flat import FlatParameters
+from .state import Late
 
 if TYPE_CHECKING:
     from .worker import SlowMo
@@ -50,6 +55,10 @@ def state_of(worker: SlowMo) -> dict[str, Any]:
     tree["z"] = by_type(s.flat, s.flat.buffers)
     for key, vectors in (("anchor", [x.x0 for x in s.slow]), ("u", [x.u for x in s.slow])):
         tree[key] = by_type(s.flat, [_share(worker, v, b) for v, b in zip(vectors, s.flat.buffers, strict=False)])
+    if s.late is not None:
+        tree["late"] = s.late.rates
+        for key, vectors in (("displacement", s.late.wait()), ("ahead", [ahead(worker, i) for i in range(len(s.z))])):
+            tree[key] = by_type(s.flat, [_share(worker, v, b) for v, b in zip(vectors, s.flat.buffers, strict=True)])
     tree |= {kind: {name: _whole(worker, kind, name, e) for name, e in s.errors[kind].items()} for kind in s.errors}
     tree["error_parts"] = worker.team.ranks
     tree["in_flight"] = None
@@ -89,6 +98,14 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
     if s.in_flight is not None:  # of the life that ends here
         s.in_flight.exchange.wait()
         s.in_flight = None
+    if s.late is not None:
+        s.late.wait()
+        s.late = None
+    if tree.get("late") and worker.average != "delayed":
+        raise SlowmoError(
+            "The state to load has a round's average on its way, and this worker does not delay averages.",
+            'Make it with average="delayed" (slowmo.average).',
+        )
     for name in NUMBERS:
         setattr(s, name, tree[name])
     for b, saved in zip(s.flat.buffers, tree["z"].values(), strict=True):
@@ -102,12 +119,10 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
                 "Give tau as it was when it was saved (tau = 0 has no slow state).",
             )
         for vector, b, saved in zip(mine, s.flat.buffers, tree[key].values(), strict=False):  # tau = 0: none
-            if isinstance(saved, Share):  # of `state_dict`, on every rank its own part
-                whole = vector.new_empty(saved.total)
-                whole[saved.here] = saved.part
-                worker.team.across.all_gather_(whole[worker.team.part(b)], "slow state")
-                saved = whole
-            vector.copy_(saved[worker.share_of(b)])
+            vector.copy_(_own(worker, saved, b))
+    if tree.get("late"):
+        told = zip(s.slow, tree["displacement"].values(), s.flat.buffers, strict=True)
+        s.late = Late(tree["late"], means=[torch.empty_like(x.x0).copy_(_own(worker, d, b)) for x, d, b in told])
     for kind in s.errors:
         for name, error in s.errors[kind].items():
             saved = tree.get(kind, {}).get(name)
@@ -273,6 +288,16 @@ def _share(worker: SlowMo, vector: Tensor, b: Tensor) -> Tensor | Share:
         return vector
     kept, told = worker.share_of(b), worker.saved_share_of(b)
     return Share(vector[told.start - kept.start : told.stop - kept.start], told, b.numel())
+
+
+def _own(worker: SlowMo, saved: Tensor | Share, b: Tensor) -> Tensor:
+    """The part that this rank keeps of what was told of the slow state of flat vector b."""
+    if isinstance(saved, Share):  # of `state_dict`, on every rank its own part
+        whole = saved.part.new_empty(saved.total)
+        whole[saved.here] = saved.part
+        worker.team.across.all_gather_(whole[worker.team.part(b)], "slow state")
+        saved = whole
+    return saved[worker.share_of(b)]
 
 
 def _restore_optimizer(worker: SlowMo, saved: Mapping[str, Any]) -> None:

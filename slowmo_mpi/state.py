@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,25 @@ class Flight:
 
 
 @dataclass
+class Late:
+    """The mean way x0 - xbar that the workers went in a round, on its way while the next one computes (CO2).
+
+    rates: that round's learning rates, per group; coming: one function per flat vector, to be called once, that waits
+    for the mean; means: those that are here.
+    """
+
+    rates: list[float]
+    coming: list[Callable[[], Tensor]] = field(default_factory=list)
+    means: list[Tensor] = field(default_factory=list)
+
+    def wait(self) -> list[Tensor]:
+        """All means, once they are here."""
+        while self.coming:
+            self.means.append(self.coming.pop(0)())
+        return self.means
+
+
+@dataclass
 class State:
     """One worker. `z` in the papers is `flat.buffers`: the de-biased parameters, which the model computes with.
 
@@ -52,6 +72,7 @@ class State:
     round: int = 0  # outer steps done, t
     begun: int = -1  # the last step whose `before_gradient` was done
     slow: list[Slow] = field(default_factory=list)  # one per flat buffer; empty without an outer step
+    late: Late | None = None  # with a delayed average only
     rate_sums: list[float] = field(default_factory=list)  # learning rates used in this round, summed, per group
     last_rates: list[float] = field(default_factory=list)
     peak_rates: list[float] = field(default_factory=list)  # the largest rate ever, per group

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .average import average_
+from .average import ahead, average_, send_off
 from .bases import Base
 from .buckets import GradientAverage
 from .checkpoint.store import Store, newest
@@ -43,7 +43,8 @@ class SlowMo:
     base: `AllReduce()`, `Local()`, `DPSGD(graph)`, `SGP(graph)` or `OSGP(graph, delay)`.
     tau: inner steps per round (0: the base alone); alpha: slow learning rate; beta: slow momentum.
     buffers: the optimizer's state when a round starts: "reset", "maintain" or "average" over workers.
-    average: "exact", or "none" for the noaverage variant; gamma: the round's rate, "mean" or "last".
+    average: "exact"; "none" for the noaverage variant; "delayed" for CO2, where a round's average is made while the
+    next round computes, and taken in at its end (average.py); gamma: the round's rate, "mean" or "last".
     sharded: keep 1/m of anchor and slow momentum on each rank (reduce-scatter and all-gather instead of an
     all-reduce: the same bytes).
     overlap: let the new anchors arrive while the next forward pass computes (restart.py); with `sharded` only. Until
@@ -108,7 +109,7 @@ class SlowMo:
         if tau:
             self.state.slow = [Slow.start(b[self.share_of(b)]) for b in flat.buffers]
         self.feedback: list[ErrorFeedback] = []  # of line 6
-        if wire is not None and average == "exact":
+        if wire is not None and average != "none":
             self.feedback = [ErrorFeedback.start(slow.x0, wire) for slow in self.state.slow]
         gradients = self._gradients.errors if self._gradients is not None else []
         self.state.errors = {
@@ -141,10 +142,19 @@ class SlowMo:
 
     @torch.no_grad()
     def drain(self) -> None:
-        """Take in everything in flight; call it after the last step, and before you use this worker's own weights."""
+        """Take in everything in flight; call it after the last step, and before you use this worker's own weights.
+
+        With a delayed average on all ranks together: x0 moves as at the next round's end, and z with it.
+        """
         self.settle()
-        self.base.drain(self.state, self.team.across)
-        self.team.gather(self.state.flat.buffers)
+        s = self.state
+        self.base.drain(s, self.team.across)
+        if s.late is not None:
+            for number, (z, slow) in enumerate(zip(s.z, s.slow, strict=True)):
+                z.copy_(z + ahead(self, number))
+                self.lines_7_and_8(number, slow.x0, slow.u, slow.x0 - s.late.wait()[number], s.late.rates)
+            s.late = None
+        self.team.gather(s.flat.buffers)
 
     def post(self) -> None:
         """Post what travels while the next gradient is computed, once per step; what is arriving comes first."""
@@ -165,7 +175,7 @@ class SlowMo:
                 self._restart.finish()
 
     def _remaining(self) -> float:
-        exact = self.tau and self.average == "exact"
+        exact = self.tau and self.average != "none"
         return self.tau - self.state.step % self.tau if exact else math.inf
 
     def _update(self, scale: float) -> None:
@@ -185,8 +195,8 @@ class SlowMo:
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves this rank's trajectory, as a tree of numbers and tensors (saved.py says what).
 
-        Call it between `step()` and the next `backward()`. The tensors are the worker's own, as in torch: copy what
-        is to outlast the next step.
+        Call it between `step()` and the next `backward()`; it waits for a delayed average. The tensors are the worker's
+        own, as in torch: copy what is to outlast the next step.
         """
         return state_of(self)
 
@@ -223,34 +233,51 @@ class SlowMo:
     def _outer_step(self) -> None:
         s, across = self.state, self.team.across
         self.base.drain(s, across)
-        if self.average == "exact":
-            self._check_weights()
-            self._average_statistics()
-        else:
+        if self.average == "none":
             self.team.gather(s.flat.buffers)
-        for number, (b, slow, spans) in enumerate(zip(s.flat.buffers, s.slow, s.flat.spans, strict=True)):
+        else:
+            if self.average == "exact" or self.base.communicates:  # else nobody is to wait for the slowest
+                self._check_weights()
+            self._average_statistics()
+        rates = [total / self.tau for total in s.rate_sums] if self.gamma == "mean" else list(s.last_rates)
+        late = s.late
+        if self.average == "delayed":
+            ways = late.wait() if late is not None else []  # first: what rounding took goes with the next
+            s.late = send_off(self, rates)
+        for number, (b, slow) in enumerate(zip(s.flat.buffers, s.slow, strict=True)):
             mine, part = self.share_of(b), self.team.part(b)
             xbar = b if b.dtype == slow.x0.dtype else b.to(slow.x0.dtype)
             if self.average == "exact":
                 average_(self, number, xbar[part])  # line 6
-            for group, start, stop in spans:  # lines 7 and 8, with each group's own gamma
-                here = slice(max(start, mine.start), min(stop, mine.stop))
-                if here.start < here.stop:
-                    own = slice(here.start - mine.start, here.stop - mine.start)
-                    rate = self._round_rate(group, slow.x0.dtype)
-                    outer_step(slow.x0[own], slow.u[own], xbar[here], rate, self.alpha, self.beta)
+            if self.average != "delayed":
+                self.lines_7_and_8(number, slow.x0, slow.u, xbar[mine], rates)
+            elif late is not None:
+                torch.sub(slow.x0, ways[number], out=xbar[mine])
+                self.lines_7_and_8(number, slow.x0, slow.u, xbar[mine], late.rates)
+            else:  # the first round: there is none before it
+                xbar[mine] = slow.x0
             if xbar is not b:
                 b[mine] = xbar[mine].to(b.dtype)
             if self._restart is not None and self._restart.is_safe:
                 self._restart.begin(number, b)
             elif self.sharded:
                 across.all_gather_(b[part], "restart from the new anchor")
-        if self.average == "exact":
+        if self.average != "none":
             self.team.gather(s.flat.buffers)
             s.w = 1.0
         s.round += 1
         s.rate_sums = [0.0] * len(s.rate_sums)
         self._renew_optimizer_state()
+
+    def lines_7_and_8(self, number: int, x0: Tensor, u: Tensor, z: Tensor, rates: list[float]) -> None:
+        """On this rank's share of flat vector `number`, with each group's own gamma; z is xbar, and then the new x0."""
+        b = self.state.flat.buffers[number]
+        mine = self.share_of(b)
+        for group, start, stop in self.state.flat.spans[number]:
+            own = slice(max(start, mine.start) - mine.start, min(stop, mine.stop) - mine.start)
+            if own.start < own.stop:
+                gamma = self._usable(rates[group], group, x0.dtype)
+                outer_step(x0[own], u[own], z[own], gamma, self.alpha, self.beta)
 
     def share_of(self, vector: Tensor) -> slice:
         """The part of a flat vector whose slow state this rank keeps; without exact average, of its worker's own."""
@@ -268,13 +295,11 @@ class SlowMo:
         """The part of a flat vector whose slow state this rank puts into a checkpoint: between all, each once."""
         return self.share_of(vector) if self.average == "none" else self._within(self.team.part(vector))
 
-    def _round_rate(self, group: int, dtype: torch.dtype) -> float:
-        """The round's gamma. 0 where it is so small beside the largest that x0 - xbar is nothing but rounding:
+    def _usable(self, rate: float, group: int, dtype: torch.dtype) -> float:
+        """A round's gamma. 0 where it is so small beside the largest that x0 - xbar is nothing but rounding:
         divided by it, the rounding would be a huge momentum once the rate is back.
         """
-        s = self.state
-        rate = s.rate_sums[group] / self.tau if self.gamma == "mean" else s.last_rates[group]
-        return rate if rate > torch.finfo(dtype).eps * s.peak_rates[group] else 0.0
+        return rate if rate > torch.finfo(dtype).eps * self.state.peak_rates[group] else 0.0
 
     def _check_weights(self) -> None:
         """Push-sum's invariant: with nothing in flight the weights sum to m. Also that all are at the same step."""
@@ -342,7 +367,7 @@ class SlowMo:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model as the average of all workers, sum(w z) / m, messages in flight included, while in the block.
+        """The model as the average of all workers, sum(w z) / m, all that is in flight included, while in the block.
 
         Every rank must enter it. Afterwards parameters and batch-norm's statistics are bit for bit what they were.
         """
@@ -358,7 +383,8 @@ class SlowMo:
                 xbar = z.to(torch.promote_types(z.dtype, torch.float32), copy=True).mul_(w)
                 if flight is not None and flight.age and flight.sent:
                     xbar.add_(flight.packet.vectors[i], alpha=flight.sent)
-                z.copy_(across.all_reduce_(xbar, "average for evaluation", divisor=across.size))
+                across.all_reduce_(xbar, "average for evaluation", divisor=across.size)
+                z.copy_(xbar if s.late is None else xbar.add_(ahead(self, i)))
             self.team.gather(s.flat.buffers)
             self._average_statistics()
         try:
@@ -390,7 +416,7 @@ class SlowMo:
         """Refuse what cannot work. Raises: UsageError."""
         for name, value, known in (
             ("buffers", self.buffers, ("reset", "maintain", "average")),
-            ("average", self.average, ("exact", "none")),
+            ("average", self.average, ("exact", "none", "delayed")),
             ("gamma", self.gamma, ("mean", "last")),
             ("progress", self.progress, WAYS),
         ):
@@ -417,11 +443,10 @@ class SlowMo:
             raise UsageError(
                 f"Messages cannot be rounded to {self.wire}.", "wire is None, torch.bfloat16 or torch.float16."
             )
-        if self.sharded and self.wire is not None and tau:
+        if self.sharded and tau and (self.wire is not None or self.average == "delayed"):
             raise UsageError(
-                "What is rounded on its way to the exact average is x0 - z, and with a sharded slow state no rank has "
-                "all of x0.",
-                "Use sharded=False, or wire=None.",
+                "What is averaged rounded or delayed is x0 - z, and with a sharded slow state no rank has all of x0.",
+                'Use sharded=False, or wire=None and average="exact".',
             )
         if any("lr" not in g for g in self.optimizer.param_groups):
             raise UsageError(
@@ -434,7 +459,7 @@ class SlowMo:
                 f"{type(self.base).__name__} without an exact average never meets the other workers.",
                 'Set tau >= 1 and average="exact".',
             )
-        if self.base.communicates and tau > 1 and self.average == "exact" and not self.base.exchanges(tau):
+        if self.base.communicates and tau > 1 and self.average != "none" and not self.base.exchanges(tau):
             raise UsageError(
                 f"{type(self.base).__name__} with this delay exchanges nothing in a round of tau = {tau} steps.",
                 "Choose a delay below tau, or Local().",

@@ -75,7 +75,8 @@ def trajectory(p: Problem, s: Settings) -> tuple[np.ndarray, np.ndarray]:
     def travels(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float16).astype(np.float64) if s.half else values
 
-    exact = s.tau and s.average == "exact"
+    exact = s.tau and s.average != "none"
+    late: tuple[np.ndarray, float] | None = None  # of a delayed average: the mean way of the last round, its gamma
     zs, ws = [], []
     for k in range(steps):
         remaining = s.tau - k % s.tau if exact else np.inf
@@ -127,6 +128,9 @@ def trajectory(p: Problem, s: Settings) -> tuple[np.ndarray, np.ndarray]:
                 e, mean = e - rounded, rounded.mean(0)
                 e[owner(m), np.arange(D)] += m * (mean - travels(mean))
                 end = x0 - travels(mean)
+            if s.average == "delayed":
+                late, (way, gamma) = (x0 - end, gamma), late or (None, 1.0)
+                end = x0 if way is None else x0 - way
             if gamma == 0:
                 x0 = x0 + s.alpha * (end - x0)
             else:

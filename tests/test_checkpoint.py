@@ -158,6 +158,8 @@ def snapshot(worker: SlowMo) -> dict[str, Any]:
     found |= {f"anchor {i}": bits(x.x0) for i, x in enumerate(s.slow)} | {
         f"u {i}": bits(x.u) for i, x in enumerate(s.slow)
     }
+    if s.late is not None:
+        found |= {"late rates": s.late.rates} | {f"late {i}": bits(mean) for i, mean in enumerate(s.late.wait())}
     found |= {f"{kind} {name}": bits(e) for kind, errors in s.errors.items() for name, e in errors.items()}
     flight = s.in_flight
     found["flight"] = flight and (flight.phase, flight.age, flight.sent, bits(flight.packet.bytes))
@@ -183,12 +185,12 @@ def cases(base: Base) -> list[dict]:
         {"tau": TAU, "buffers": buffers, "sharded": sharded}
         for buffers, sharded in itertools.product(("reset", "maintain", "average"), (False, True))
     ]
-    found += [{"tau": TAU, "wire": torch.bfloat16}]
+    found += [{"tau": TAU, "wire": torch.bfloat16}, {"tau": TAU, "average": "delayed", "beta": 0.3}]
     if base.communicates:
         found += [{"tau": 0, "wire": torch.float16}, {"tau": TAU, "average": "none", "buffers": "maintain"}]
         found += [{"tau": 0}]
     more = ({}, {"gamma": "last", "alpha": 0.7}, {"beta": 0.0}, {"alpha": 1.1, "beta": 0.8})
-    return [s | more[i % len(more)] for i, s in enumerate(found)]
+    return [more[i % len(more)] | s for i, s in enumerate(found)]
 
 
 def goes_on(comm: Endpoint, folder: str, kinds: list[str], base: Base, kind, arguments: dict, settings: list[dict]):

@@ -113,6 +113,9 @@ PLANS = [
     ["run.worker=2"],
     ["run.worker=2", "slowmo.sharded=true", "slowmo.tau=5"],
     ["comm.dtype=bfloat16"],
+    # An evaluation would wait for the average under way, and what is sent meanwhile is not the training's.
+    ["slowmo.average=delayed", "slowmo.tau=5", "run.eval_every=180"],
+    ["slowmo.average=delayed", "slowmo.tau=5", "run.eval_every=180", "comm.dtype=bfloat16", "base.algorithm=local"],
     ["comm.dtype=float16", "base.algorithm=osgp", "base.delay=2", "slowmo.tau=5"],
     ["comm.dtype=bfloat16", "base.algorithm=allreduce", "slowmo.tau=0"],
     ["comm.dtype=bfloat16", "base.algorithm=local", "slowmo.tau=5", "run.worker=2"],

@@ -111,14 +111,16 @@ def _trained(
 
 
 def _average(checkpoint: Checkpoint, vector: str, trees: Sequence[dict[str, Any]]) -> Tensor:
-    """sum(w z + sent packet) / m of one vector."""
+    """sum(w z + sent packet) / m of one vector, and what a delayed average will add to it."""
     name = f"z/{vector}"
     terms = {name: [tree["w"] for tree in trees]}
     sent = [tree["in_flight"]["sent"] if tree["in_flight"] else 0.0 for tree in trees]
     if any(sent):
         terms[f"packet/{vector}"] = sent
+    if f"ahead/{vector}" in checkpoint.datasets:  # a delayed average, as it will be taken in
+        terms[f"ahead/{vector}"] = [1.0] * len(trees)
     shape = checkpoint.datasets[name][1]
-    if len(shape) == 1 and not any(sent):  # all workers are equal, and so is their average, to the bit
+    if len(shape) == 1 and len(terms) == 1:  # all workers are equal, and so is their average, to the bit
         return checkpoint.vector(name, 0)
     mean = torch.empty(shape[-1], dtype=dtype_of(vector))
     for start in range(0, shape[-1], PIECE):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SlowmoError
 from ..flat import FlatParameters
 
-WHOLE = ("z", "anchor", "u", "packet", "error", "gradient_error")
+WHOLE = ("z", "anchor", "u", "packet", "error", "gradient_error", "displacement", "ahead")
 PLAIN = (torch.float32, torch.float64, torch.float16, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 STORED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # other types, by size: as their bits
 
