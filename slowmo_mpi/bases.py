@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -118,19 +119,31 @@ class _Gossip(Base):
     def _sent(self, s: State, comm: Endpoint, phase: int, vectors: Sequence[Tensor], weight: float) -> Flight:
         to = [peer for peer, _ in self.graph.sends(phase, comm.rank)]
         sources = [peer for peer, _ in self.graph.receives(phase, comm.rank)]
-        packet = s.packet()
-        with comm.span("copies", "snapshot"):
-            packet.fill(vectors, weight)
-        return Flight(comm.exchange(packet.bytes, to, sources, [s.packet().bytes for _ in sources]), packet, phase)
+        packet, received = s.packet(), [s.packet().bytes for _ in sources]
+        packet.weight = weight
+        exchanges = []
+        for piece in packet.pieces():
+            with comm.span("copies", "snapshot"):
+                packet.fill(vectors, piece)
+            into = [r[piece.bytes] for r in received]
+            exchanges.append(comm.exchange(packet.bytes[piece.bytes], to, sources, into))
+        return Flight(exchanges, received, packet, phase)
 
-    def _arrived(self, s: State, comm: Endpoint) -> Iterator[tuple[Packet, float]]:
-        """Wait for the exchange in flight: the packets that came, with the p of their edges."""
+    def _arrived(
+        self, s: State, comm: Endpoint
+    ) -> Iterator[tuple[list[tuple[int, slice]], list[tuple[Packet, float]]]]:
+        """Wait for the exchange in flight, piece by piece: which parts of the vectors are here, and in what packets.
+
+        With each packet comes the p of its edge. The weights are here with the first piece.
+        """
         assert s.in_flight is not None
         flight, s.in_flight = s.in_flight, None
-        received = flight.exchange.wait()
-        for (_, p), payload in zip(self.graph.receives(flight.phase, comm.rank), received, strict=True):
-            yield s.packet(payload), p
-        s.spare += [flight.packet.bytes, *received]
+        edges = self.graph.receives(flight.phase, comm.rank)
+        packets = [(s.packet(r), p) for r, (_, p) in zip(flight.received, edges, strict=True)]
+        for piece, exchange in zip(flight.packet.pieces(), flight.exchanges, strict=True):
+            exchange.wait()
+            yield piece.parts, packets
+        s.spare += [flight.packet.bytes, *flight.received]
 
 
 @dataclass(frozen=True)
@@ -156,10 +169,10 @@ class DPSGD(_Gossip):
         update(1.0)
         if s.in_flight is not None:
             before = s.in_flight.packet.vectors
-            for packet, p in self._arrived(s, comm):
-                for z, theirs, mine in zip(s.z, packet.vectors, before, strict=True):
-                    for part, their, my in zip(*(v.split(PIECE) for v in (z, theirs, mine)), strict=True):
-                        part.add_(their.to(z.dtype).sub_(my), alpha=p)
+            for parts, packets in self._arrived(s, comm):
+                for (i, part), (packet, p) in product(parts, packets):
+                    z, theirs, mine = s.z[i][part], packet.vectors[i][part], before[i][part]
+                    z.add_(theirs.to(z.dtype).sub_(mine), alpha=p)
 
     def drain(self, s: State, comm: Endpoint) -> None:
         if s.in_flight is not None:
@@ -219,11 +232,16 @@ class OSGP(_Gossip):
         if s.in_flight is None:
             return
         self._keep_rest(s)
-        for packet, p in self._arrived(s, comm):
-            rw = p * packet.weight
-            for z, rz in zip(s.z, packet.vectors, strict=True):
-                mix(z, rz, rw / (s.w + rw))
-            s.w += rw
+        shares: list[float] = []
+        for parts, packets in self._arrived(s, comm):
+            if not shares:
+                for packet, p in packets:
+                    rw = p * packet.weight
+                    shares.append(rw / (s.w + rw))
+                    s.w += rw
+            with comm.span("copies", "mixing"):
+                for (i, part), ((packet, _), share) in product(parts, list(zip(packets, shares, strict=True))):
+                    mix(s.z[i][part], packet.vectors[i][part], share)
 
 
 def mix(z: Tensor, other: Tensor, share: float) -> None:

@@ -42,7 +42,7 @@ class Run:
     eval_every: int = key(
         0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0, moves=False
     )
-    worker: str = key("rank", 'what one worker is: "rank", "node" (all ranks of a host), or a number of ranks')
+    worker: str | int = key("rank", 'what one worker is: "rank", "node" (all ranks of a host), or a number of ranks')
     threads: int = key(
         0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0, moves=False
     )
@@ -51,7 +51,7 @@ class Run:
 
     def ranks_per_worker(self) -> int | None:
         """What `worker` says without knowing the hosts; None for "node"."""
-        return {"rank": 1, "node": None}.get(self.worker, int(self.worker) if self.worker.isdigit() else 1)
+        return self.worker if isinstance(self.worker, int) else {"rank": 1}.get(self.worker)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Config:
         if "/" in run.name or not run.name:
             raise UsageError(f'run.name = "{run.name}" cannot name a folder.', "Type --set run.name=NAME, without a /.")
         seconds(run.stop_after)
-        if run.worker not in ("rank", "node") and not (run.worker.isdigit() and int(run.worker)):
+        if run.worker not in ("rank", "node") and not (isinstance(run.worker, int) and run.worker > 0):
             raise UsageError(
                 f'run.worker = "{run.worker}" says nothing about ranks.',
                 "Type --set run.worker=node, or the number of ranks that make one worker.",
@@ -447,12 +447,11 @@ _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true
 def _value(name: str, type_: Any, k: dataclasses.Field[Any], value: Any) -> Any:
     wanted = type_
     if isinstance(wanted, types.UnionType):
-        wanted = next(t for t in typing.get_args(wanted) if t is not type(None))
+        members = [t for t in typing.get_args(wanted) if t is not type(None)]
+        wanted = next((t for t in members if type(value) is t), members[0])
     plain = typing.get_origin(wanted) or wanted
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if plain is str and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
     numbers = not isinstance(value, list) or all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)) or not numbers:
         raise UsageError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import SlowmoError
 
+PIECE_BYTES, PIECES = 1 << 20, 16  # of a message: at least so long, about so many
 ALIGN_BYTES = 64  # every parameter starts on a cache line, so that kernels see aligned memory
 
 
@@ -170,10 +171,19 @@ def round_into(rounded: Tensor, x: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A run of a message's bytes, and what it is made of: (vector number, elements of that vector)."""
+
+    bytes: slice
+    parts: list[tuple[int, slice]]
+
+
 class Packet:
     """One message: a snapshot of the flat vectors and of the push-sum weight, in one run of bytes.
 
-    `vectors` and `weight` are views of `bytes` (uint8). A message in flight must not change, hence a copy.
+    `vectors` and `weight` are views of `bytes` (uint8). A message in flight must not change, hence a copy. It travels
+    in `pieces`, so that one is on the wire while another is copied or taken in.
     """
 
     def __init__(self, like: Sequence[Tensor], wire: torch.dtype | None = None, received: Tensor | None = None):
@@ -194,8 +204,27 @@ class Packet:
     def weight(self) -> float:
         return float(self._weight)
 
-    def fill(self, vectors: Sequence[Tensor], weight: float) -> None:
-        """Copy `vectors` and `weight` in: one pass over memory."""
-        for mine, v in zip(self.vectors, vectors, strict=True):
-            round_into(mine, v)
+    @weight.setter
+    def weight(self, weight: float) -> None:
         self._weight.fill_(weight)
+
+    def pieces(self) -> list[Piece]:
+        """The message in pieces: first the last one, which has the weight, then the others from the start on."""
+        total = self.bytes.numel()
+        step = max(PIECE_BYTES, -(-total // (PIECES * ALIGN_BYTES)) * ALIGN_BYTES)
+        *starts, last = range(0, total, step)
+        return [self._piece(start, min(start + step, total)) for start in (last, *starts)]
+
+    def _piece(self, start: int, stop: int) -> Piece:
+        parts, offset = [], 0
+        for number, v in enumerate(self.vectors):
+            low, high = max(start - offset, 0), min(stop - offset, v.numel() * v.element_size())
+            if low < high:
+                parts.append((number, slice(low // v.element_size(), high // v.element_size())))
+            offset += v.numel() * v.element_size()
+        return Piece(slice(start, stop), parts)
+
+    def fill(self, vectors: Sequence[Tensor], piece: Piece) -> None:
+        """Copy a piece of `vectors` in."""
+        for number, part in piece.parts:
+            round_into(self.vectors[number][part], vectors[number][part])

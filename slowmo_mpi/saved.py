@@ -96,7 +96,8 @@ def restore(worker: SlowMo, tree: Mapping[str, Any]) -> None:
             "Build the model and the optimizer as they were when it was saved.",
         )
     if s.in_flight is not None:  # of the life that ends here
-        s.in_flight.exchange.wait()
+        for exchange in s.in_flight.exchanges:
+            exchange.wait()
         s.in_flight = None
     if s.late is not None:
         s.late.wait()

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Flight:
     """A gossip exchange that was posted and not yet taken in.
 
-    packet: what this rank sent; sent: the push-sum weight that left with it (0 where no mass moves);
-    phase: the step of the graph it belongs to; age: optimizer steps since it was posted. At age 0 nothing has
-    changed yet but w and phase.
+    exchanges: one per piece of the message; received: the messages coming in; packet: what this rank sent; sent: the
+    push-sum weight that left with it (0 where no mass moves); phase: the step of the graph it belongs to; age:
+    optimizer steps since it was posted.
     """
 
-    exchange: Operation[list[Tensor]]
+    exchanges: list[Operation[list[Tensor]]]
+    received: list[Tensor]
     packet: Packet
     phase: int
     sent: float = 0.0

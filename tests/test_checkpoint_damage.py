@@ -264,11 +264,11 @@ def test_another_format_is_refused_as_such(scratch: Path, monkeypatch: pytest.Mo
     for path in [p for index in indices for p in [index, *shards_of(index)]]:
         whole, found = path.read_bytes(), proved(path)
         with monkeypatch.context() as later:
-            later.setattr(seal, "FORMAT", 2)
+            later.setattr(seal, "FORMAT", 3)
             text = found.text()
         path.write_bytes(text + whole[len(text) :])
         index = path if path in indices else path.parent.parent / f"step-{STEPS[0]:08}.h5"
-        refused(index, "it has format 2, and this version of slowmo-mpi reads format 1", named=path)
+        refused(index, "it has format 3, and this version of slowmo-mpi reads format 2", named=path)
         path.write_bytes(whole)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from worlds import Real, Simulated
 from slowmo_mpi import DPSGD, OSGP, SGP, AllReduce, Local, SlowMo, simulate
 from slowmo_mpi.comm import Endpoint
 from slowmo_mpi.errors import UsageError
-from slowmo_mpi.team import ranks_per_worker
+from slowmo_mpi.team import ranks_of_a_node
 
 STEPS = 11
 SETTINGS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -31,7 +32,9 @@ def samples(step: int, rank: int) -> Tensor:
     return torch.randn(4, 7, generator=torch.Generator().manual_seed(1000 * step + rank))
 
 
-def trains(comm: Endpoint, base: Any, settings: dict[str, Any], ranks: int, teams: bool, cut: int = 0) -> list[Tensor]:
+def trains(
+    comm: Endpoint, base: Any, settings: dict[str, Any], ranks: int, teams: bool, cut: int = 0, file: str = ""
+) -> list[Tensor]:
     """`teams`: workers of so many ranks; else each rank has the samples of so many. cut: resume in between."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -43,11 +46,15 @@ def trains(comm: Endpoint, base: Any, settings: dict[str, Any], ranks: int, team
     worker = make()
     for step in range(STEPS):
         if step == cut > 0:
-            tree = worker.state_dict()
-            copied = {k: clone(v) for k, v in tree.items()}
+            if file:
+                worker.save(file)
+            copied = {k: clone(v) for k, v in worker.state_dict().items()}
             worker.drain()  # what was in flight belongs to the life that ends
             worker = make()
-            worker.load_state_dict(copied)
+            if file:
+                worker.load(file)
+            else:
+                worker.load_state_dict(copied)
         mine = [comm.rank] if teams else range(comm.rank * ranks, (comm.rank + 1) * ranks)
         worker.optimizer.zero_grad()
         model(torch.cat([samples(step, r) for r in mine])).square().mean().backward()
@@ -98,9 +105,18 @@ def test_a_resumed_run_goes_on_to_the_bit(cut: int, name: str, base: Any, settin
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("world", ["simulated-4", "mpi-4"], indirect=True)
+def test_a_run_resumed_from_a_file_goes_on_to_the_bit(world: Simulated | Real, tmp_path: Path) -> None:
+    for name, base, settings in SETTINGS:
+        whole = world.run(trains, base, settings, 2, True)
+        resumed = world.run(trains, base, settings, 2, True, 6, str(tmp_path / f"{name}.h5"))
+        for a, b in zip(whole, resumed, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
+
+
 def placed(comm: Endpoint) -> tuple[int, ...]:
     worker = SlowMo(m := nn.Linear(2, 2), torch.optim.SGD(m.parameters(), lr=0.1), comm, SGP(),
-                    ranks_per_worker=ranks_per_worker("node", comm))  # fmt: skip
+                    ranks_per_worker=ranks_of_a_node(comm))  # fmt: skip
     assert worker.team.inside is not None
     return worker.team.inside.rank, worker.team.across.rank, worker.team.ranks
 

@@ -108,9 +108,9 @@ class Checkpoint:
         found = torch.zeros(max(0, stop - start), dtype=dtype)  # a row shorter than others ends with zeros
         memory: Any = found.view(torch.uint8).numpy() if len(found) else b""
         memory = memoryview(memory)
-        position = -start * dtype.itemsize  # in `memory`, of the slab's first byte
         for path, slab in self._slabs[name]:
             if len(shape) == 1 or slab.rank == rank:
+                position = slab.start - start * dtype.itemsize  # in `memory`, of the slab's next byte
                 for offset, length in slab.extents:
                     skip = max(0, -position)
                     part = memory[position + skip : max(position + length, 0)] if length > skip else memory[:0]

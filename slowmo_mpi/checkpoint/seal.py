@@ -3,7 +3,7 @@
 It lies in HDF5's user block, which HDF5 skips:
 
     slowmo-mpi checkpoint FORMAT LENGTH CHECKSUM\\n      64 characters; LENGTH and CHECKSUM are those of the JSON
-    {"size": ..., "block": ..., "slabs": [[dataset, rank, [[offset, length], ...], checksum], ...],
+    {"size": ..., "block": ..., "slabs": [[dataset, rank, start, [[offset, length], ...], checksum], ...],
      "rest": ..., "shards": [[file, size, checksum of its JSON], ...]}\\n
     zeros to the end of the block
 
@@ -25,7 +25,7 @@ import xxhash
 
 from ..errors import SlowmoError
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"slowmo-mpi checkpoint "
 FIRST_LINE_BYTES = 80
 PIECE_BYTES = 8 << 20
@@ -41,10 +41,14 @@ class Damaged(SlowmoError):
 
 @dataclass(frozen=True)
 class Slab:
-    """What one rank wrote of one dataset: the (offset, length) of its bytes in the file, and their checksum."""
+    """What one rank wrote of one dataset: the (offset, length) of its bytes in the file, and their checksum.
+
+    start: which byte of the dataset (of the rank's row, where it has rows) is the first of them.
+    """
 
     dataset: str
     rank: int
+    start: int
     extents: list[tuple[int, int]]
     checksum: str
 
@@ -61,7 +65,7 @@ class Seal:
 
     def text(self) -> bytes:
         """The block's beginning, first line included."""
-        slabs = [[s.dataset, s.rank, s.extents, s.checksum] for s in self.slabs]
+        slabs = [[s.dataset, s.rank, s.start, s.extents, s.checksum] for s in self.slabs]
         body = json.dumps(asdict(self) | {"slabs": slabs}).encode() + b"\n"
         first = b"%s%d %d %s" % (MAGIC, FORMAT, len(body), checksum(body).encode())
         return first.ljust(FIRST_LINE_BYTES - 1) + b"\n" + body
@@ -159,7 +163,7 @@ def _parse(path: Path, fd: int) -> tuple[Seal, bytes]:
     if first != told.ljust(FIRST_LINE_BYTES - 1) + b"\n":
         raise Damaged(path, "its seal was cut off or changed")
     raw = json.loads(body)
-    raw["slabs"] = [Slab(n, r, [(o, b) for o, b in extents], c) for n, r, extents, c in raw["slabs"]]
+    raw["slabs"] = [Slab(n, r, s, [(o, b) for o, b in extents], c) for n, r, s, extents, c in raw["slabs"]]
     raw["shards"] = [(name, n, c) for name, n, c in raw["shards"]]
     found = Seal(**raw)
     if size != found.size:

@@ -56,6 +56,10 @@ class Dataset:
         """Elements that `rank` writes."""
         return self.source[rank].stop - self.source[rank].start
 
+    def first_byte(self, rank: int) -> int:
+        """Where in the dataset (in its row) that begins."""
+        return self.target[rank].start * dtype_of(self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class Told:
@@ -290,13 +294,12 @@ def _read_back(path: Path, slabs: list[Slab]) -> None:
 
 
 def _slab(d: Dataset, host: dict[str, Tensor], told: list[Told], rank: int, rows: list[tuple[int, int]]) -> Slab:
-    source, target = d.source[rank], d.target[rank]
-    size = dtype_of(d.dtype).itemsize
+    source, size = d.source[rank], dtype_of(d.dtype).itemsize
     offset, _ = rows[rank if len(d.shape) == 2 else 0]
     whole = next(t for t in told if t.name == d.name)
     part = host[d.name][source]
     digest = whole.checksum if len(part) == whole.numel else checksum(_memory(part))
-    return Slab(d.name, rank, [(offset + target.start * size, len(part) * size)], digest)
+    return Slab(d.name, rank, d.first_byte(rank), [(offset + d.first_byte(rank), len(part) * size)], digest)
 
 
 # ---- one file per rank ----
@@ -313,7 +316,9 @@ def _shard(
     with _new_file(beginning, block, align) as file:
         extents = {d.name: _allocate(h5py, file, d.name, d.dtype, (d.slab(rank),), align) for d in mine}
     beginning.store(path)
-    slabs = [replace(_slab(alone[d.name], host, told, 0, extents[d.name]), rank=rank) for d in mine]
+    slabs = [
+        replace(_slab(alone[d.name], host, told, 0, extents[d.name]), rank=rank, start=d.first_byte(rank)) for d in mine
+    ]
     with opened(path, os.O_RDWR) as fd, Syncing(path) as syncing:
         for d in mine:
             write_at(fd, _memory(host[d.name][d.source[rank]]), extents[d.name][0][0])
