@@ -82,7 +82,10 @@ def test_nothing_stays_of_a_lab_that_is_stopped(
     number: signal.Signals, netlab: list[str], environment: dict[str, str]
 ) -> None:
     command = [*netlab, "--", sys.executable, "-c", WAIT]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as lab:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+    ) as lab:  # fmt: skip
         assert lab.stdout is not None
         assert lab.stdout.readline() == b"ready\n"
         assert traces(lab.pid)
