@@ -1015,7 +1015,7 @@ def test_h5py_alone_reads_what_is_in_it(world: Real | Simulated, sharded: bool, 
         for name in wanted[0]:
             assert found[name] == [w[name] for w in wanted], name
         assert len({str(w["z 0.weight"]) for w in wanted}) == world.ranks
-        known = {"step": 3, "round": 1, "ranks": world.ranks, "layout": kind, "format": 1, "config": "[run]"}
+        known = {"step": 3, "round": 1, "ranks": world.ranks, "layout": kind, "format": 2, "config": "[run]"}
         assert known.items() <= found.items() and found["w"] == [1.0] * world.ranks
         shards = {f"rank-{r:05}.h5" for r in range(world.ranks)}
         for sources in found["sources"].values():

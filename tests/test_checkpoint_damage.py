@@ -296,7 +296,7 @@ def test_what_is_no_checkpoint_at_all(scratch: Path, tmp_path: Path) -> None:
     with hdf5.load().File(path, "w") as file:
         file["z"] = np.ones(3)
     refused(path, "it is an HDF5 file of something else")
-    path.write_bytes(MAGIC + b"1 2 3".ljust(FIRST_LINE_BYTES - len(MAGIC) - 1) + b"\n")
+    path.write_bytes(MAGIC + b"2 2 3".ljust(FIRST_LINE_BYTES - len(MAGIC) - 1) + b"\n")
     refused(path, "its seal was cut off or changed")
     path.write_bytes(MAGIC + b"9" * 30 + b" 2 3".ljust(FIRST_LINE_BYTES - len(MAGIC) - 31) + b"\n")
     refused(path, "it has format 9999")

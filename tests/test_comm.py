@@ -136,14 +136,14 @@ def test_tags_wrap(world: Simulated | Real) -> None:
 
 def counted(comm: Endpoint) -> int:
     before = comm.sent_bytes
-    comm.all_reduce_(torch.ones(12_000))
+    comm.all_reduce_(torch.ones(1_200_000))
     return comm.sent_bytes - before
 
 
 def test_bytes_are_counted(world: Simulated | Real) -> None:
-    """2 (m-1)/m of the vector per rank."""
+    """2 (m-1)/m of a long vector per rank."""
     m = world.ranks
-    assert world.run(counted) == [2 * (m - 1) * 48_000 // m] * m
+    assert world.run(counted) == [2 * (m - 1) * 4_800_000 // m] * m
 
 
 def absent(comm: Endpoint) -> str:
