@@ -21,7 +21,7 @@ import click
 from netlab import Lab
 
 HERE = Path(__file__).resolve().parent
-STEP = "step --model resnet18 --image 16 --repeat 7 --seconds 90"
+STEP = "step --model resnet18 --image 16 --repeat 7 --seconds 60"
 
 
 @dataclass(frozen=True)
