@@ -9,7 +9,6 @@ rate; ways and seeds alternate. The clock stops while the average of the workers
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,10 +16,10 @@ from typing import Any
 
 import click
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from slowmo_mpi import OSGP, AllReduce, Communicator, Local, SlowMo
+from slowmo_mpi.bench.gloo import gloo
 from slowmo_mpi.tasks import Context, build
 from slowmo_mpi.tasks.sampler import Shards
 
@@ -45,16 +44,14 @@ def main(target: float, width: int, batch: int, lr: float, seeds: int, most_step
     """Measure all ways; JSON and a table on rank 0."""
     torch.set_num_threads(1)
     comm = Communicator()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
-    dist.init_process_group("gloo", rank=comm.rank, world_size=comm.size)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for seed in range(seeds):
-        for way in WAYS:
-            result = train(comm, way, target, width, batch, lr, seed, most_steps)
-            found[way].append(result)
-            if comm.rank == 0:
-                print(f"seed {seed}  {way:<16} {result}", flush=True)
+    with gloo(comm):
+        for seed in range(seeds):
+            for way in WAYS:
+                result = train(comm, way, target, width, batch, lr, seed, most_steps)
+                found[way].append(result)
+                if comm.rank == 0:
+                    print(f"seed {seed}  {way:<16} {result}", flush=True)
     if comm.rank == 0:
         base = statistics.median(r["seconds"] for r in found["ddp"])
         print(json.dumps(found))

@@ -31,17 +31,13 @@ class Restart:
         self._arriving: dict[int, tuple[Operation[Tensor], set[int]]] = {}  # by vector: its gather, the shards here
         self._early = set(range(len(flat.parameters)))  # to wait for before any layer: all, until it is known
         self._watch: _Watch | None = None
+        self.is_safe = False  # a forward pass has been watched; before, nobody knows which layer reads what
         for module in model.modules():
             # A module with parameters of its own may read those of its children too (attention's projections).
             own = any(True for _ in module.parameters(recurse=False))
             needs = frozenset(self._number[id(p)] for p in module.parameters() if own and id(p) in self._number)
             module.register_forward_pre_hook(partial(self._before, needs, module is model))
         model.register_forward_hook(self._after, always_call=True)
-
-    @property
-    def is_safe(self) -> bool:
-        """Whether a forward pass has been watched: before that nobody knows which layer reads what."""
-        return len(self._early) < len(self._flat.parameters)
 
     @property
     def is_under_way(self) -> bool:
@@ -86,7 +82,8 @@ class Restart:
         if self._watch is not None:
             watch, self._watch = self._watch, None
             watch.__exit__(None, None, None)
-            self._early = set(range(len(self._flat.parameters))) - watch.used_after_opening()
+            self._early -= watch.used_after_opening()
+            self.is_safe = True
         with torch.no_grad():
             self.finish()
 

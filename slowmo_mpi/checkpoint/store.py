@@ -49,7 +49,7 @@ class Store:
             )
         self.parallel = able and layout != "shards"
         self.layout = "parallel" if self.parallel else "shards"
-        self.asynchronous = asynchronous and isinstance(self.comm, Communicator) and self.comm.allows_threads
+        self.asynchronous = asynchronous and self.comm.allows_threads
         file = "one file, parallel HDF5" if self.parallel else f"a file per rank{why if layout == 'auto' else ''}"
         late = "" if self.asynchronous or not asynchronous or not real else ": MPI does not allow threads"
         self.chosen = f"{file}, {'asynchronous' if self.asynchronous else f'synchronous{late}'}"

@@ -147,7 +147,7 @@ class Endpoint(ABC):
         self.stream: torch.cuda.Stream | None = None  # of the additions, so that they pass the model's kernels
         self._operations = 0
         self._scratch: list[Tensor] = []
-        self._whole = self  # the communicator that this is a group of: its counts, trace and step are meant
+        self._whole = self  # the communicator that this is a group of: its counts, trace, step and choices are meant
         self.levels: tuple[Endpoint, Endpoint] | None = None  # see find_levels
 
     # ---- the primitives ----
@@ -174,6 +174,11 @@ class Endpoint(ABC):
     @abstractmethod
     def abort(self, code: int) -> None:
         """End the whole job at once."""
+
+    @property
+    def allows_threads(self) -> bool:
+        """Whether several threads may communicate at a time."""
+        return False
 
     def split(self, color: int) -> Endpoint:
         """The ranks that give the same color, in the order of their ranks, as a communicator; collective."""
@@ -274,7 +279,7 @@ class Endpoint(ABC):
         """
         from .collectives import all_reduce
 
-        return self.start(operation, all_reduce(self, x, divisor, algorithm or self.allreduce))
+        return self.start(operation, all_reduce(self, x, divisor, algorithm or self._whole.allreduce))
 
     def reduce_scatter_(self, x: Tensor, operation: str = "reduce-scatter", divisor: float = 1.0) -> Tensor:
         """x[shard] = 1/divisor * sum over ranks of x[shard] on the rank that owns it; the rest is left undefined.

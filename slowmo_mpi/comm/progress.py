@@ -29,11 +29,10 @@ def begin(way: str, model: nn.Module, comm: Endpoint) -> str:
     auto: hooks for a model on the CPU, where a thread would take time from the one that computes; a thread for one on
     a GPU, whose layers only queue work. A thread needs an MPI that several threads may use.
     """
-    threads = getattr(comm, "allows_threads", False)
-    if way == "thread" and not threads:
+    if way == "thread" and not comm.allows_threads:
         raise UsageError("This MPI does not allow progress by a thread.", "Choose progress = hooks.")
     if way == "auto":
-        way = "thread" if threads and comm.device.type == "cuda" else "hooks"
+        way = "thread" if comm.allows_threads and comm.device.type == "cuda" else "hooks"
     if way == "thread":
         thread = Thread(comm)
         atexit.register(thread.stop)  # before MPI ends
@@ -48,7 +47,6 @@ class Hooks:
     def __init__(self, model: nn.Module, comm: Endpoint):
         self._comm = comm
         self._last_s = 0.0
-        self.polls = 0
         for module in model.modules():
             if not any(True for _ in module.children()):
                 module.register_forward_hook(self._poll)
@@ -62,7 +60,6 @@ class Hooks:
             if now - self._last_s > LEAST_S:
                 self._comm.poll()
                 self._last_s = now
-                self.polls += 1
 
 
 class Thread:
@@ -71,7 +68,6 @@ class Thread:
     def __init__(self, comm: Endpoint):
         self._comm = comm
         self._stopped = threading.Event()
-        self.polls = 0
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
@@ -79,9 +75,7 @@ class Thread:
         if self._comm.device.type == "cuda":
             torch.cuda.set_device(self._comm.device)  # each thread has its own
         while not self._stopped.wait(INTERVAL_S if self._comm.busy else 4 * INTERVAL_S):
-            if self._comm.busy:
-                self._comm.poll()
-                self.polls += 1
+            self._comm.poll()
 
     def stop(self) -> None:
         """End the thread; before MPI ends."""
