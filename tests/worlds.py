@@ -123,6 +123,8 @@ def serve(address: str) -> None:
     with Client(address, "AF_UNIX") as connection:
         connection.send(comm.rank)
         while True:
+            while not connection.poll(0.02):  # MPI may owe a peer the last word about a message: see to it meanwhile
+                comm.mpi.Iprobe()
             try:
                 program, args = pickle.loads(connection.recv_bytes())
             except EOFError:
