@@ -75,6 +75,16 @@ CASES = [
     Case("step 4x1gbit", 4, "1gbit", f"{STEP} --batch 2 --bases allreduce,osgp --slowmo 12 --against ddp"),
     Case("step, bfloat16, 4x1gbit", 4, "1gbit",
          f"{STEP} --batch 2 --bases osgp --slowmo 12 --dtype bfloat16 --against ddp"),
+    *(
+        Case(f"step, much computation, 4x{rate}", 4, rate,
+             f"step --model resnet18 --image 32 --batch {batch} --bases sgp,osgp --slowmo 12 --repeat 5 --seconds 150")
+        for rate, batch in (("1gbit", 16), ("10gbit", 8))
+    ),
+    *(  # the same work for each rank: the 8 have four times as much of it, on the same cores
+        Case(f"step, shared memory, {ranks} ranks", 0, "", "step --model resnet18 --image 32 --batch 4 "
+             "--bases allreduce,sgp,osgp --slowmo 0 --steps 4 --repeat 7 --seconds 50", ranks)
+        for ranks in (2, 8)
+    ),
     Case("outer", 0, "", "outer --lengths 1Mi,11Mi,25Mi --repeat 15", 1),
 ]  # fmt: skip
 
