@@ -136,7 +136,7 @@ def shown(key: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        if key.endswith("_s") and not key.endswith(("byte_s", "bit_s")):
+        if key.endswith("_s") and not key.endswith(("byte_s", "bit_s", "per_s")):
             return f"{1e3 * value:.3f} ms"
         return f"{value / 1e6:,.1f} MB/s" if key.endswith("byte_s") else f"{value:.4g}"
     return str(value)

@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .checks import hash_of
+from .errors import SlowmoError
 from .state import Late
 
 if TYPE_CHECKING:
@@ -56,3 +58,39 @@ def ahead(worker: SlowMo, number: int) -> Tensor:
     z = slow.x0 - late.wait()[number]
     worker.lines_7_and_8(number, slow.x0.clone(), slow.u.clone(), z, late.rates)
     return z.sub_(slow.x0)
+
+
+# ---- what is averaged with the parameters ----
+def statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Batch-norm's running means and variances (other buffers may be masks or caches, which have no average)."""
+    return [
+        (key, buffer)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+        for key, buffer in module.named_buffers(prefix=name, recurse=False)
+        if buffer.is_floating_point()
+    ]
+
+
+def average_statistics(worker: SlowMo) -> None:
+    """The mean over workers of batch-norm's statistics, in place; collective."""
+    if found := statistics(worker.model):
+        average_tensors(worker, found, "batch-norm buffers", "Build the same model on every rank.")
+
+
+def average_tensors(worker: SlowMo, named: list[tuple[str, Tensor]], what: str, hint: str) -> None:
+    """The mean over workers of each tensor, in place, as one message per dtype. Raises: SlowmoError with `hint`
+    where the workers' tensors differ in names or shapes."""
+    shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
+    if len(set(worker.comm.gather(hash_of(shapes)))) > 1:
+        raise SlowmoError(
+            f"The workers' {what} differ in names or shapes at step {worker.state.step}; they cannot be averaged.",
+            hint,
+        )
+    for dtype in dict.fromkeys(t.dtype for _, t in named):
+        tensors = [t for _, t in named if t.dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        vector = torch.cat([t.detach().reshape(-1).to(worker.state.z[0].device, wide) for t in tensors])
+        worker.comm.all_reduce_(vector, what, divisor=worker.comm.size)
+        for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view(t.shape))

@@ -36,7 +36,7 @@ class _Bucket:
 
 
 class GradientAverage:
-    """Averages the gradients of `flat` over the ranks of `comm`; from hooks, as long as it lives."""
+    """Averages the gradients of `flat` over the ranks of `comm`; from hooks, until it is closed."""
 
     def __init__(self, flat: FlatParameters, comm: Endpoint, wire: torch.dtype | None = None):
         self._flat, self._comm = flat, comm
@@ -49,8 +49,14 @@ class GradientAverage:
         self._fresh = [False] * len(flat.parameters)  # whose gradient is there, in this backward
         self._under_way = self._finished = False
         self._next = 0
-        for i, p in enumerate(flat.parameters):
-            p.register_post_accumulate_grad_hook(partial(self._arrived, i))
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._arrived, i)) for i, p in enumerate(flat.parameters)
+        ]
+
+    def close(self) -> None:
+        """Leave the gradients alone."""
+        for hook in self._hooks:
+            hook.remove()
 
     def finish(self) -> None:
         """Average whatever was not averaged when `backward()` ended, as where gradients were set by hand.

@@ -32,12 +32,18 @@ class Restart:
         self._early = set(range(len(flat.parameters)))  # to wait for before any layer: all, until it is known
         self._watch: _Watch | None = None
         self.is_safe = False  # a forward pass has been watched; before, nobody knows which layer reads what
+        self._hooks = [model.register_forward_hook(self._after, always_call=True)]
         for module in model.modules():
             # A module with parameters of its own may read those of its children too (attention's projections).
             own = any(True for _ in module.parameters(recurse=False))
             needs = frozenset(self._number[id(p)] for p in module.parameters() if own and id(p) in self._number)
-            module.register_forward_pre_hook(partial(self._before, needs, module is model))
-        model.register_forward_hook(self._after, always_call=True)
+            self._hooks.append(module.register_forward_pre_hook(partial(self._before, needs, module is model)))
+
+    def close(self) -> None:
+        """Wait for all that is under way, and leave the model alone."""
+        self.finish()
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def is_under_way(self) -> bool:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .average import ahead
+from .average import ahead, statistics
 from .checkpoint.read import Checkpoint
 from .checkpoint.store import attributes_of
 from .checkpoint.tree import Packed, Share, pack
@@ -221,7 +221,7 @@ def describe(worker: SlowMo, layout: str, config: str) -> tuple[dict[str, Any], 
     sources |= {id(b): f"buffers:{name}" for name, b in worker.model.named_buffers()}
     model = {k: sources[id(t)] for k, t in worker.model.state_dict(keep_vars=True).items() if id(t) in sources}
     tables |= {"model/key": list(model), "model/source": list(model.values())}
-    tables["model/averaged"] = [name for name, _ in worker.statistics()]
+    tables["model/averaged"] = [name for name, _ in statistics(worker.model)]
     return attributes_of(s.step, s.round, worker.comm.size, layout, config), tables
 
 

@@ -7,7 +7,6 @@ Algorithm 1 of Wang et al., ICLR 2020 [1] is `SlowMo.step` (lines 3-5, one inner
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .average import ahead, average_, send_off
+from .average import ahead, average_, average_statistics, average_tensors, send_off, statistics
 from .bases import Base
 from .buckets import GradientAverage
 from .checkpoint.store import Store, newest
+from .checks import check_alike, check_settings, check_weights
 from .comm import Endpoint
 from .comm.compressed import ErrorFeedback
-from .comm.progress import WAYS, begin
-from .errors import SlowmoError, UsageError
+from .comm.progress import begin
 from .flat import FlatParameters
 from .restart import Restart
 from .saved import by_type, describe, load, pack_all, restore, state_of
@@ -86,10 +85,10 @@ class SlowMo:
         self.team = Team.of(comm, ranks_per_worker)
         self.base = base.bind(self.team.across.size)
         self._store: Store | None = None
-        self._check_settings()
+        check_settings(self)
 
         flat = FlatParameters(model, [g["params"] for g in optimizer.param_groups], self.team.ranks)
-        self._check_alike(flat)
+        check_alike(self, flat)
         self._broadcast_model(flat)
         self.state = State(flat, [b[self.team.part(b)] for b in flat.buffers], wire)
         # What "reset" goes back to. Most optimizers have no state before their first step; one that comes with a
@@ -101,7 +100,7 @@ class SlowMo:
         self.state.last_rates = [0.0] * len(groups)
         self.state.peak_rates = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
         comm.find_levels()
-        self.progress = begin(progress, model, comm)
+        self._poller = begin(progress, model, comm)
         self._restart = Restart(model, flat, comm, self.post) if overlap and comm.size > 1 else None
         averaging = comm if self.base.averages_gradients else self.team.inside
         rounded = wire if self.base.averages_gradients else None  # inside a worker gradients are not
@@ -174,6 +173,16 @@ class SlowMo:
             with torch.no_grad():
                 self._restart.finish()
 
+    def close(self) -> None:
+        """Leave the model alone: take in everything in flight, end the hooks and the progress thread. Collective.
+
+        The parameters stay as they are. Needed only where the model goes on without this worker.
+        """
+        self.drain()
+        for helper in (self._poller, self._restart, self._gradients):
+            if helper is not None:
+                helper.close()
+
     def _remaining(self) -> float:
         exact = self.tau and self.average != "none"
         return self.tau - self.state.step % self.tau if exact else math.inf
@@ -237,8 +246,8 @@ class SlowMo:
             self.team.gather(s.flat.buffers)
         else:
             if self.average == "exact" or self.base.communicates:  # else nobody is to wait for the slowest
-                self._check_weights()
-            self._average_statistics()
+                check_weights(self)
+            average_statistics(self)
         rates = [total / self.tau for total in s.rate_sums] if self.gamma == "mean" else list(s.last_rates)
         late = s.late
         if self.average == "delayed":
@@ -301,22 +310,6 @@ class SlowMo:
         """
         return rate if rate > torch.finfo(dtype).eps * self.state.peak_rates[group] else 0.0
 
-    def _check_weights(self) -> None:
-        """Push-sum's invariant: with nothing in flight the weights sum to m. Also that all are at the same step."""
-        s = self.state
-        everybody = self.comm.gather((s.w, s.step))
-        total = math.fsum(w for w, _ in everybody)
-        if abs(total - self.comm.size) > 1e-6 * self.comm.size or not all(w > 0 for w, _ in everybody):
-            raise SlowmoError(
-                f"The push-sum weights sum to {total:.9g} at step {s.step}, not to {self.comm.size}, the ranks.",
-                "A message was lost or counted twice; this is a bug, please report it with the configuration.",
-            )
-        steps = [step for _, step in everybody]
-        if len(set(steps)) > 1:
-            raise SlowmoError(
-                f"The ranks are at different steps: {steps}.", "Call worker.step() equally often on every rank."
-            )
-
     def _renew_optimizer_state(self) -> None:
         """Line 2 of the next round: the base optimizer's buffers."""
         if self.buffers == "reset":
@@ -331,40 +324,9 @@ class SlowMo:
                 if isinstance(value, Tensor) and value.is_floating_point()
             ]
             hint = 'Some ranks did not use all parameters: choose buffers = "maintain" or "reset".'
-            self._average_tensors(named, "optimizer buffers", hint)
+            average_tensors(self, named, "optimizer buffers", hint)
 
     # ---- batch-norm buffers, evaluation, measures ----
-    def statistics(self) -> list[tuple[str, Tensor]]:
-        """Batch-norm's running means and variances (other buffers may be masks or caches, which have no average)."""
-        return [
-            (key, buffer)
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase)
-            for key, buffer in module.named_buffers(prefix=name, recurse=False)
-            if buffer.is_floating_point()
-        ]
-
-    def _average_tensors(self, named: list[tuple[str, Tensor]], what: str, hint: str) -> None:
-        """The mean over workers of each tensor, in place, as one message per dtype. Raises: SlowmoError with `hint`
-        where the workers' tensors differ in names or shapes."""
-        shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
-        if len(set(self.comm.gather(hash_of(shapes)))) > 1:
-            raise SlowmoError(
-                f"The workers' {what} differ in names or shapes at step {self.state.step}; they cannot be averaged.",
-                hint,
-            )
-        for dtype in dict.fromkeys(t.dtype for _, t in named):
-            tensors = [t for _, t in named if t.dtype == dtype]
-            wide = torch.promote_types(dtype, torch.float32)
-            vector = torch.cat([t.detach().reshape(-1).to(self.state.z[0].device, wide) for t in tensors])
-            self.comm.all_reduce_(vector, what, divisor=self.comm.size)
-            for t, mean in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(mean.view(t.shape))
-
-    def _average_statistics(self) -> None:
-        if statistics := self.statistics():
-            self._average_tensors(statistics, "batch-norm buffers", "Build the same model on every rank.")
-
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The model as the average of all workers, sum(w z) / m, all that is in flight included, while in the block.
@@ -375,7 +337,7 @@ class SlowMo:
         with torch.no_grad():
             s = self.state
             parameters = [b.clone() for b in s.flat.buffers]
-            statistics = [(b, b.clone()) for _, b in self.statistics()]
+            running = [(b, b.clone()) for _, b in statistics(self.model)]
             across = self.team.across
             flight = s.in_flight
             w = s.w + flight.sent if flight is not None and flight.age == 0 else s.w  # what was sent is z still
@@ -386,14 +348,14 @@ class SlowMo:
                 across.all_reduce_(xbar, "average for evaluation", divisor=across.size)
                 z.copy_(xbar if s.late is None else xbar.add_(ahead(self, i)))
             self.team.gather(s.flat.buffers)
-            self._average_statistics()
+            average_statistics(self)
         try:
             yield self.model
         finally:
             with torch.no_grad():
                 for vector, kept in zip(s.flat.buffers, parameters, strict=True):
                     vector.copy_(kept)
-                for b, kept in statistics:
+                for b, kept in running:
                     b.copy_(kept)
 
     @torch.no_grad()
@@ -412,85 +374,9 @@ class SlowMo:
         return math.sqrt(math.fsum(self.comm.gather(square)) / across.size)
 
     # ---- the start ----
-    def _check_settings(self) -> None:
-        """Refuse what cannot work. Raises: UsageError."""
-        for name, value, known in (
-            ("buffers", self.buffers, ("reset", "maintain", "average")),
-            ("average", self.average, ("exact", "none", "delayed")),
-            ("gamma", self.gamma, ("mean", "last")),
-            ("progress", self.progress, WAYS),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} = {value!r} is not known.", f"It is one of: {', '.join(known)}.")
-        tau, alpha, beta = self.tau, self.alpha, self.beta
-        if tau != int(tau) or tau < 0 or not 0 <= alpha < math.inf or not 0 <= beta < 1:
-            raise UsageError(
-                f"tau = {tau}, alpha = {alpha}, beta = {beta} is out of range.",
-                "tau is a whole number >= 0, alpha >= 0, 0 <= beta < 1.",
-            )
-        if self.overlap and (not self.sharded or self.team.ranks > 1 or self.average != "exact"):
-            raise UsageError(
-                "overlap = true gathers the sharded anchor while the next forward pass computes: it needs an exact "
-                "average, sharded slow state and workers of one rank.",
-                "Add sharded = true, or leave overlap off.",
-            )
-        if self.sharded and self.average == "none":
-            raise UsageError(
-                "Without averaging every worker has its own slow state; it cannot be sharded.",
-                "Use sharded=False.",
-            )
-        if self.wire not in (None, torch.bfloat16, torch.float16):
-            raise UsageError(
-                f"Messages cannot be rounded to {self.wire}.", "wire is None, torch.bfloat16 or torch.float16."
-            )
-        if self.sharded and tau and (self.wire is not None or self.average == "delayed"):
-            raise UsageError(
-                "What is averaged rounded or delayed is x0 - z, and with a sharded slow state no rank has all of x0.",
-                'Use sharded=False, or wire=None and average="exact".',
-            )
-        if any("lr" not in g for g in self.optimizer.param_groups):
-            raise UsageError(
-                f"{type(self.optimizer).__name__} has a parameter group without a learning rate.",
-                'SlowMo needs gamma: use an optimizer whose groups have "lr".',
-            )
-        apart = not self.base.communicates and (tau == 0 or self.average == "none")
-        if apart and self.team.across.size > 1:
-            raise UsageError(
-                f"{type(self.base).__name__} without an exact average never meets the other workers.",
-                'Set tau >= 1 and average="exact".',
-            )
-        if self.base.communicates and tau > 1 and self.average != "none" and not self.base.exchanges(tau):
-            raise UsageError(
-                f"{type(self.base).__name__} with this delay exchanges nothing in a round of tau = {tau} steps.",
-                "Choose a delay below tau, or Local().",
-            )
-
-    def _check_alike(self, flat: FlatParameters) -> None:
-        """That all ranks have the same model and the same settings."""
-        others = [(n, tuple(p.shape), str(p.dtype)) for n, p in self.model.named_parameters() if not p.requires_grad]
-        buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in self.model.named_buffers()]
-        settings = {
-            k: getattr(self, k)
-            for k in ("base", "tau", "alpha", "beta", "buffers", "average", "gamma", "sharded", "wire", "optimizer")
-        }
-        settings["optimizer"] = type(self.optimizer).__name__
-        everybody = self.comm.gather((hash_of([flat.fingerprint(), others, buffers]), hash_of(settings)))
-        for part, what, hint in (
-            (0, "model", "Build the same model, with the same parameters frozen, on every rank."),
-            (1, "settings", "Give SlowMo the same base, tau, alpha, beta and the like on every rank."),
-        ):
-            different = [r for r, prints in enumerate(everybody) if prints[part] != everybody[0][part]]
-            if different:
-                raise SlowmoError(f"The {what} of rank {different[0]} differs from rank 0's.", hint)
-
     @torch.no_grad()
     def _broadcast_model(self, flat: FlatParameters) -> None:
         """Everybody starts from rank 0's parameters and buffers."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         for x in [*flat.buffers, *frozen, *self.model.buffers()]:
             self.comm.broadcast_(x, "initial weights")
-
-
-def hash_of(thing: object) -> str:
-    """A fingerprint of anything whose repr tells all of it."""
-    return hashlib.sha256(repr(thing).encode()).hexdigest()

@@ -29,6 +29,7 @@ STOREYS = [
     ["worker"],
     ["bases", "buckets", "restart", "saved", "team"],
     ["average"],
+    ["checks"],
     ["state", "checkpoint"],
     ["comm"],
     ["flat", "slowmo"],

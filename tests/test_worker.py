@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -500,3 +501,41 @@ def test_a_rank_that_skips_a_step_is_noticed() -> None:
 
     with pytest.raises(SlowmoError, match=r"waited .* for rank 0 at step 3: agreement"):
         simulate(2, program)
+
+
+def left_alone(comm: Endpoint, base: Base, settings: dict) -> bool:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, optimizer = torch.randn(5, 3) + comm.rank, torch.optim.SGD(model.parameters(), lr=0.1)
+    worker = SlowMo(model, optimizer, comm, base, **settings)
+    for _ in range(4):
+        model(x).square().sum().backward()
+        worker.step()
+    worker.close()
+    assert not comm.busy
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+    before, optimizer = comm.sent_bytes, torch.optim.SGD(model.parameters(), lr=0.1)
+    if comm.rank == 0:  # alone
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert comm.sent_bytes == before
+    again = SlowMo(model, optimizer, comm, AllReduce(), tau=0)  # the others' weights become rank 0's
+    model(x).square().sum().backward()
+    again.step()
+    again.close()
+    return len(set(comm.gather([p.sum().item() for p in model.parameters()].__repr__()))) == 1
+
+
+@pytest.mark.parametrize("world", ["mpi-2"], indirect=True)
+@pytest.mark.parametrize(
+    "base,settings",
+    [
+        (AllReduce(), {"tau": 0, "progress": "thread"}),
+        (OSGP(), {"tau": 4, "sharded": True, "overlap": True, "progress": "hooks"}),
+        (SGP(), {"tau": 4, "average": "delayed"}),
+    ],
+    ids=names,
+)
+def test_a_closed_worker_leaves_the_model_alone(world: Real, base: Base, settings: dict) -> None:
+    assert all(world.run(left_alone, base, settings))

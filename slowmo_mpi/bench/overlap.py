@@ -147,7 +147,7 @@ class _Polling:
         self._thread = Thread(self._comm)
 
     def __exit__(self, *_: object) -> None:
-        self._thread.stop()
+        self._thread.close()
 
 
 def _exchanges(bench: Bench, trained: Training, steps: int) -> Callable[[], Sample]:
