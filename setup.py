@@ -21,6 +21,7 @@ setup(
         "h5py>=3.10",
         "mpi4py>=4.0",
         "numpy>=1.26",
+        "pillow>=10",
         "safetensors>=0.4",
         "torch>=2.2",
         "tqdm>=4.66",

@@ -28,10 +28,11 @@ Rules for a factory:
 - Load data at the first use of `train` or `test` (a property), not in the factory: `slowmo plan` builds the
   model on machines that have no data.
 
-Two things a task may do besides:
+What a task may have besides:
 - `train` and `test` may have `batches(order)`, which works ahead and can augment anew in every epoch: see `batches`.
 - A measure that is no mean over samples, or a loss to train on that is not the one to report, needs `evaluate` and
   `score`: see `Evaluating`. `evaluation_batch`, a number, is how many test samples are read at once (256 without it).
+- `notes`, a list of lines, is shown when a run starts (what was left out of the data, say), and kept in its manifest.
 
 Importing this module imports neither torch nor any task.
 """
@@ -46,7 +47,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
@@ -60,6 +61,8 @@ BUILT_IN = {
     "quadratic": "slowmo_mpi.tasks.quadratic:quadratic",
     "digits": "slowmo_mpi.tasks.digits:digits",
     "fashion-mnist": "slowmo_mpi.tasks.fashion_mnist:fashion_mnist",
+    "cifar10": "slowmo_mpi.tasks.cifar10:cifar10",
+    "imagenet": "slowmo_mpi.tasks.imagenet:imagenet",
 }
 """Short name -> the factory it stands for."""
 
@@ -124,7 +127,7 @@ class Evaluating(Task, Protocol):
         """The metrics, from the sums over all test samples; in float64 or int64, on the CPU."""
 
 
-def batches(samples: Samples, order: Iterable[tuple[int, Tensor]]) -> Iterator[Any]:
+def batches(samples: Samples, order: Iterable[tuple[int, Tensor]]) -> Generator[Any]:
     """The batches of `order`, pairs of an epoch and indices, in that order; close it to end what works ahead.
 
     Samples with a method `batches(order)` of their own, a generator, may read ahead of the loop and draw their
@@ -136,6 +139,11 @@ def batches(samples: Samples, order: Iterable[tuple[int, Tensor]]) -> Iterator[A
     else:
         for _, indices in order:
             yield samples.batch(indices)
+
+
+def means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The score that is a mean over samples: each sum over `samples`, their number."""
+    return {name: float(total) / float(sums["samples"]) for name, total in sums.items() if name != "samples"}
 
 
 def factory(name: str) -> Callable[..., Task]:
