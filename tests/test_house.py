@@ -24,10 +24,10 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "bench", "doctor", "presets", "picture"],
+    ["train", "plan", "bench", "doctor", "presets", "report"],
     ["evaluation"],
     ["inner"],
-    ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
+    ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "picture", "tasks"],
     ["worker", "data", "models"],
     ["bases", "buckets", "restart", "saved", "team"],
     ["average"],

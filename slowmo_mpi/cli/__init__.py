@@ -18,6 +18,7 @@ from .checkpoint import checkpoint
 from .doctor import doctor
 from .init import init
 from .plan import plan
+from .report import report
 from .say import say
 from .topology import topology
 from .train import train
@@ -39,7 +40,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, topology, checkpoint, bench, doctor):
+for command in (init, train, plan, report, topology, checkpoint, bench, doctor):
     slowmo.add_command(command)
 
 
