@@ -197,6 +197,11 @@ class Config:
     comm: Comm = field(default_factory=Comm, metadata={"doc": "communication"})
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata={"doc": "checkpoints, in the run folder"})
 
+    @property
+    def unit(self) -> str:
+        """What warm-up and milestones count: "epochs" or "steps"."""
+        return self.optimizer.unit if self.optimizer.unit != "auto" else "steps" if self.run.steps else "epochs"
+
     def check(self) -> None:
         """Refuse combinations that cannot work, whatever the number of ranks.
 
@@ -296,6 +301,11 @@ class Config:
                 f"task.batch_size = {size} cannot be cut into compute.accumulate = {parts} equal micro-batches.",
                 f"Type --set task.batch_size={-(-size // parts) * parts}.",
             )
+        if self.compute.compile and slow.overlap:
+            raise UsageError(
+                "With slowmo.overlap layers wait for their parameters one by one; compute.compile makes one of them.",
+                "Type --set slowmo.overlap=false, or --set compute.compile=false.",
+            )
         averaged = base.algorithm == "allreduce" and self.comm.dtype != "float32"
         if self.compute.precision == "float16" and averaged:
             raise UsageError(
@@ -391,8 +401,8 @@ def changed(before: Config, now: Config) -> list[str]:
             elif old != new and k.metadata["moves"]:
                 found.append(f"{section.name}.{k.name}")
     ends = {"run.epochs", "run.steps"} if now.optimizer.schedule != "cosine" else set()
-    if (before.run.epochs > 0) != (now.run.epochs > 0):
-        ends = set()  # the unit of warm-up and milestones is another
+    if before.unit != now.unit:
+        ends = set()
     return [k for k in found if k not in ends]
 
 

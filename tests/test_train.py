@@ -48,7 +48,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = ("samples_per_s", "communication_share", "time_s")
+TIMES = ("samples_per_s", "communication_share", "input_share", "time_s")
 
 
 @pytest.mark.parametrize("algorithm", BASES)
@@ -84,7 +84,9 @@ def test_the_run_folder(tmp_path: Path) -> None:
     for r in records:
         wanted = {"kind", "step", "epoch", "time_s", "loss", "accuracy", "consensus"}
         wanted |= (
-            {"lr", "samples_per_s", "communication_share", "sent_bytes_per_step"} if r["kind"] == "train" else set()
+            {"lr", "samples_per_s", "communication_share", "input_share", "sent_bytes_per_step", "loss_min", "loss_max"}
+            if r["kind"] == "train"
+            else set()
         )
         assert set(r) == wanted
         assert all(isinstance(v, str) or math.isfinite(v) for v in r.values())

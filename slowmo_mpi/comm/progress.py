@@ -27,12 +27,14 @@ def begin(way: str, model: nn.Module, comm: Endpoint) -> Hooks | Thread:
     """Have somebody poll while the model computes, until it is closed.
 
     auto: hooks for a model on the CPU, where a thread would take time from the one that computes; a thread for one on
-    a GPU, whose layers only queue work. A thread needs an MPI that several threads may use.
+    a GPU, whose layers only queue work, and for a compiled one, which has none. A thread needs an MPI that several
+    threads may use.
     """
     if way == "thread" and not comm.allows_threads:
         raise UsageError("This MPI does not allow progress by a thread.", "Choose progress = hooks.")
     if way == "auto":
-        way = "thread" if comm.allows_threads and comm.device.type == "cuda" else "hooks"
+        compiled = any(getattr(m, "_compiled_call_impl", None) for m in model.modules())
+        way = "thread" if comm.allows_threads and (comm.device.type == "cuda" or compiled) else "hooks"
     return Thread(comm) if way == "thread" else Hooks(model, comm)
 
 
@@ -52,6 +54,8 @@ class Hooks:
             hook.remove()
 
     def _poll(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled model is one program: nothing is left between its layers
+            return
         if self._comm.busy:
             now = time.perf_counter()
             if now - self._last_s > LEAST_S:

@@ -63,6 +63,7 @@ BUILT_IN = {
     "fashion-mnist": "slowmo_mpi.tasks.fashion_mnist:fashion_mnist",
     "cifar10": "slowmo_mpi.tasks.cifar10:cifar10",
     "imagenet": "slowmo_mpi.tasks.imagenet:imagenet",
+    "wmt16": "slowmo_mpi.tasks.wmt16:wmt16",
 }
 """Short name -> the factory it stands for."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slowmo_mpi.errors import UsageError
-from slowmo_mpi.tasks import Samples
+from slowmo_mpi.tasks import Samples, means
 
 
 class Images:
@@ -85,5 +85,4 @@ class Classification:
 
     def score(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over all test samples."""
-        samples = float(sums["samples"])
-        return {name: float(total) / samples for name, total in sums.items() if name != "samples"}
+        return means(sums)
