@@ -31,7 +31,16 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.15"],
-        "test": ["matplotlib>=3.8", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "scikit-learn>=1.3"],
+        "translation": ["sacrebleu>=2.3", "sentencepiece>=0.2"],
+        "test": [
+            "matplotlib>=3.8",
+            "mypy>=1.11",
+            "pytest>=8",
+            "ruff>=0.6",
+            "sacrebleu>=2.3",
+            "scikit-learn>=1.3",
+            "sentencepiece>=0.2",
+        ],
     },
     entry_points={"console_scripts": ["slowmo = slowmo_mpi.cli:main"]},
 )
