@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import DONE, FAILED, INTERRUPTED, USAGE, SlowmoError
 from .bench import bench
 from .checkpoint import checkpoint
+from .data import data
 from .doctor import doctor
 from .init import init
 from .plan import plan
@@ -40,7 +41,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, report, topology, checkpoint, bench, doctor):
+for command in (init, train, plan, report, topology, checkpoint, data, bench, doctor):
     slowmo.add_command(command)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import SlowmoError
 from . import decode
 from .decode import CENTRE, Decoder, Reply, Task
-from .images import Source
+from .images import Source, broken_limit
 
 AHEAD = 3  # batches under way at a time: the one that is waited for, and two more
 STUCK_S = 300.0  # without an image decoded: something is wrong
@@ -117,11 +117,6 @@ class Images:
                 )
             log.warning(f"{name} cannot be decoded ({fault}); the next one takes its place ({len(self.broken)} so far)")
         return (sample + 1) % len(self)
-
-
-def broken_limit(images: int) -> int:
-    """How many of so many images may be broken."""
-    return 1 + images // 100
 
 
 class _Here:

@@ -53,5 +53,10 @@ def read(data: str, classes: int, side: int, seed: int, workers: int) -> tuple[I
         )
     place = Path(data).expanduser()
     train, val = images.source(place, "train"), images.source(place, "val")
-    images.check_classes(train.classes, val.classes, classes, place)
+    images.check_same(train.classes, val.classes, place)
+    if len(train.classes) != classes:
+        raise SlowmoError(
+            f"{place} has {len(train.classes)} classes, and the model is made for {classes}.",
+            f"Type --set task.classes={len(train.classes)}, or set task.data to the right place.",
+        )
     return Images(train, side, seed, True, workers), Images(val, side, seed, False, workers)
