@@ -146,9 +146,17 @@ class Comparison:
         tested = [m for m in self.metrics if m.kind == "eval"]
         return [*loss, *tested] or self.metrics[:2]
 
+    @cached_property
+    def headline(self) -> Metric | None:
+        """What runs are ranked by: the target's metric, else a tested one, not the loss where there is another."""
+        if self.target:
+            return self.target.metric
+        tested = [m for m in self.main if m.kind == "eval" and m.name != "loss"] or self.main
+        return max(tested, key=lambda m: sum(bool(_values(run, m)) for run in self.runs), default=None)
+
     def ranking(self) -> list[Row]:
-        """The rows by what they came to, best first: in the target's metric, else the last tested, else the loss."""
-        metric = self.target.metric if self.target else self.main[-1] if self.main else None
+        """The rows by the headline's last value, best first."""
+        metric = self.headline
         if metric is None:
             return list(self.rows)
 
@@ -258,6 +266,6 @@ def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
     rows = []
     for part, label in zip(parts, labels, strict=True):
         if not label or labels.count(label) > 1:
-            label = f"{label}: {part[0].name}" if label else part[0].name
+            label = part[0].name if label in part[0].name else f"{label}: {part[0].name}"
         rows.append(Row(label, {k: part[0].settings.get(k) for k in keys}, part))
     return rows, keys

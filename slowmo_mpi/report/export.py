@@ -40,15 +40,13 @@ def tensorboard(comparison: Comparison, folder: Path) -> None:
             "TensorBoard files need the package tensorboard, which is not installed.", "Type `pip install tensorboard`."
         ) from None
     for run in comparison.runs:
-        start_s = _started_s(run)
+        start_s, place = _started_s(run), folder / run.name.strip("/.").replace("/", "-")
         try:
-            for old in (folder / run.name).glob("events.out.tfevents.*"):
+            for old in place.glob("events.out.tfevents.*"):
                 old.unlink()  # TensorBoard would show both
-            writer = EventFileWriter(str(folder / run.name))
+            writer = EventFileWriter(str(place))
         except OSError as error:
-            raise SlowmoError(
-                f"{folder / run.name} cannot be written: {error.strerror}.", "Give another FOLDER."
-            ) from None
+            raise SlowmoError(f"{place} cannot be written: {error.strerror}.", "Give another FOLDER.") from None
         for record in run.records:
             values = [
                 Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)

@@ -82,7 +82,7 @@ def figures(comparison: Comparison) -> list[Figure]:
                 Panel(partial(lines.metric, metric=metric, against="time"), f"{metric.title} against wall time"),
             ]
             note = f"{metric.title.capitalize()}{of}{where}.{lines.bands(metric)}"
-            found.append(Figure(f"{metric.kind}-{_file(metric.name)}", metric.title.capitalize(), note, panels))
+            found.append(Figure(_file(metric), metric.title.capitalize(), note, panels))
     found += lines.consensus() + lines.traffic() + lines.time()
     return found
 
@@ -90,8 +90,8 @@ def figures(comparison: Comparison) -> list[Figure]:
 def overview(found: list[Figure], comparison: Comparison) -> Figure:
     """The most telling panels of a comparison's figures in one: learning by step, time and bytes, and a step's time."""
     by_name = {figure.name: figure.panels for figure in found}
-    main = [by_name.get(f"{m.kind}-{_file(m.name)}", []) for m in comparison.main]
-    chosen = [panels[:1] for panels in main[:1]] + [panels[1:] for panels in main[-1:]]
+    first, last = comparison.main[:1], [comparison.headline] if comparison.headline else []
+    chosen = [by_name.get(_file(m), [])[:1] for m in first] + [by_name.get(_file(m), [])[1:] for m in last]
     chosen += [by_name.get("traffic", [])[1:], by_name.get("time", [])[:1]]
     return Figure("overview", "", "", [panel for panels in chosen for panel in panels])
 
@@ -174,7 +174,7 @@ class _Lines:
 
     def traffic(self) -> list[Figure]:
         """What a rank sends: by step, and what it buys."""
-        metric = self.comparison.main[-1] if self.comparison.main else None
+        metric = self.comparison.headline
         sums = [(row, total.mean) for row in self._bars() if (total := row.number(_sent_per_step))]
         if metric is None or not any(total for _, total in sums):
             return []
@@ -233,7 +233,7 @@ class _Lines:
             axes.set_xlabel("sent by a rank, MB", color=INK)
         else:
             axes.set_xlabel("steps" if against == "steps" else _time_axis(axes), color=INK)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.03 * axes.dataLim.x1 if axes.dataLim.x1 > 0 else 1)
 
     def _line(self, axes: Axes, row: Row, x: Any, y: Any, low: Any = None, high: Any = None) -> None:
         pen = self.pens[row.label]
@@ -348,6 +348,6 @@ def _sent_until(run: Run, step: int) -> float:
                if r["step"] <= step and r.get("sent_bytes_per_step") is not None)  # fmt: skip
 
 
-def _file(name: str) -> str:
-    """A metric's name as part of a file's."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+def _file(metric: Metric) -> str:
+    """What a metric's figure and its file are called."""
+    return f"{metric.kind}-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in metric.name)

@@ -15,14 +15,14 @@ from .table import cells, notes, span
 
 STYLE = """
 :root { color: #1f2933; background: #fff; font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-body { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
+body { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .2rem; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 p { margin: .3rem 0; max-width: 48rem; }
 .quiet, figcaption { color: #52606d; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec; }
+table { border-collapse: collapse; font-size: .93em; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec; }
 th { white-space: normal; font-weight: 600; border-bottom: 1.5px solid #8a97a6; vertical-align: bottom; }
 th.word, td.word { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 10rem; }

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import sections
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 
 FILES = ("manifest.json", "config.toml", "metrics.jsonl")
 NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "consensus", "skipped_steps")
+HINT = "Give the run folder that `slowmo train` told, or the folder that holds several: slowmo report runs"
 SILENT_S = 600.0  # a run on another host that has written nothing for so long may be dead
 
 Record = dict[str, Any]
@@ -30,6 +31,8 @@ class Run:
     """A run folder's content, as far as it can be read."""
 
     folder: Path
+    name: str
+    """The folder's name; its whole path where another run's folder is called alike."""
     settings: dict[str, Any]
     """section.key -> value, defaults filled in; and "ranks" and "simulated" from the manifest."""
     manifest: dict[str, Any]
@@ -37,10 +40,6 @@ class Run:
     """The lines of metrics.jsonl in order. Numbers that were not finite are None."""
     faults: list[str] = field(default_factory=list)
     """What could not be read, in words."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @cached_property
     def state(self) -> str:
@@ -164,16 +163,16 @@ def find(places: Iterable[str | Path]) -> list[Run]:
     folders: dict[Path, Path] = {}
     for place in map(Path, places):
         if not place.exists():
-            near = sorted(p.name for p in place.parent.glob("*") if p.is_dir()) if place.parent.is_dir() else []
-            known = f" {place.parent} has: {', '.join(near[-5:])}." if near else ""
-            raise UsageError(f"There is no run {place}.{known}", "Give run folders, or a folder that holds some: runs")
+            near = [p.name for p in place.parent.glob("*") if p.is_dir()]
+            raise UsageError(f"There is no run {place}.{did_you_mean(place.name, near)}", HINT)
         here = place.parent if place.is_file() and place.name in FILES else place
         found = list(_run_folders(here)) if here.is_dir() else []
         if not found:
-            what = "holds no run folder (one with config.toml, manifest.json or metrics.jsonl)"
-            raise UsageError(f"{place} {what}.", "Give the folder that `slowmo train` named, or the one above it: runs")
+            raise UsageError(f"{place} holds no run: no folder with {', '.join(FILES[:2])} or {FILES[2]}.", HINT)
         folders |= {folder.resolve(): folder for folder in found if folder.resolve() not in folders}
-    return [read(folder) for folder in folders.values()]
+    runs = [read(folder) for folder in folders.values()]
+    names = [run.name for run in runs]
+    return [run if names.count(run.name) == 1 else dataclasses.replace(run, name=str(run.folder)) for run in runs]
 
 
 def read(folder: Path) -> Run:
@@ -205,7 +204,7 @@ def read(folder: Path) -> Run:
     ranks = manifest.get("ranks")
     settings["ranks"] = ranks if isinstance(ranks, int) else None
     settings["simulated"] = str(manifest.get("mpi_library", "")).startswith("simulated")
-    return Run(folder, settings, manifest, records, faults)
+    return Run(folder, folder.name, settings, manifest, records, faults)
 
 
 DEFAULTS: dict[str, Any] = {
