@@ -40,6 +40,7 @@ setup(
             "sacrebleu>=2.3",
             "scikit-learn>=1.3",
             "sentencepiece>=0.2",
+            "tensorboard>=2.15",
         ],
     },
     entry_points={"console_scripts": ["slowmo = slowmo_mpi.cli:main"]},
