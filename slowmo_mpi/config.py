@@ -61,7 +61,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    name: str = key("digits", 'quadratic, digits, fashion-mnist, or your own as "package.module:factory"')
+    name: str = key(
+        "digits", 'quadratic, digits, fashion-mnist, cifar10, imagenet, wmt16, or your own as "package.module:factory"'
+    )
     batch_size: int = key(32, "samples per rank and step", at_least=1)
     data: str = key("", "folder of the data; empty: the task's default place", moves=False)
     options: dict[str, Any] = key({}, "the task's own keys, written in [task] beside the others")

@@ -37,6 +37,7 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         ("  optimizer", size(p.optimizer_bytes)),
         ("  anchor and slow momentum", size(p.slow_bytes)),
         *([("  what rounding took", size(p.error_bytes))] if p.error_bytes else []),
+        *([("  parameters as autocast", size(p.cast_bytes))] if p.cast_bytes else []),
         ("  messages", size(p.message_bytes)),
         ("sent per rank and step", f"{size(base + outer)} ({size(base)} base, {size(outer)} outer step)"),
         ("  AllReduce-SGD would send", size(p.allreduce_bytes_per_step)),
