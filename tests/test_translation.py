@@ -148,7 +148,7 @@ def test_the_same_text_gives_the_same_vocabulary(corpus: Path, tmp_path: Path) -
 
 def test_tokens_give_back_the_text(corpus: Path) -> None:
     entries = Vocabulary(corpus / "vocabulary.model")
-    texts = ["One two fünf.", "sieben acht.", ""]
+    texts = ["one two fünf.", "Sieben acht.", ""]
     tokens = entries.encode(texts)
     assert entries.decode(tokens) == texts and tokens[2] == []
     assert min(min(row, default=END + 1) for row in tokens) > END
@@ -485,9 +485,8 @@ def test_a_checkpoint_of_another_vocabulary_or_text_is_refused(folder: Path) -> 
     task = make(folder)
     state = task.state_dict()
     task.load_state_dict(state)
-    learn([folder / "train.en"] * 2, ENTRIES, folder / "vocabulary.model")
     with pytest.raises(SlowmoError, match="was trained with another vocabulary"):
-        make(folder).load_state_dict(state)
+        task.load_state_dict(state | {"vocabulary": "0"})
     with pytest.raises(SlowmoError, match=r"was trained with another train\.en and train\.de"):
         task.load_state_dict(state | {"text": "0"})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Transformer(nn.Module):
         with torch.no_grad():
             self.embedding.weight[PAD].zero_()
         self.encoder = nn.ModuleList(EncoderLayer(size, dropout) for _ in range(size.layers))
-        self.decoder = nn.ModuleList(DecoderLayer(size, dropout) for _ in range(size.layers))
+        # Of DecoderLayers, which its type cannot say.
+        self.decoder: Any = nn.ModuleList(DecoderLayer(size, dropout) for _ in range(size.layers))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
