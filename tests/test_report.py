@@ -33,7 +33,7 @@ LIMIT_S = 120
 DIGITS = """
 [run]
 steps = 24
-log_every = 6
+log_every = 4
 eval_every = 12
 [task]
 name = "digits"
@@ -122,9 +122,9 @@ def test_costs_are_those_of_the_lines(originals: Path) -> None:
     """Bytes are summed over windows, rates and shares weighed by the windows' times."""
     run = read(originals / "sgp")
     lines = records(originals / "sgp", "train")
-    assert [n for _, n in run.windows] == [6, 6, 6, 6]
-    assert run.sent_bytes() == pytest.approx(sum(6 * r["sent_bytes_per_step"] for r in lines))
-    times = [6 * 4 * 2 / r["samples_per_s"] for r in lines]  # steps x batch x ranks
+    assert [n for _, n in run.windows] == [4] * 6
+    assert run.sent_bytes() == pytest.approx(sum(4 * r["sent_bytes_per_step"] for r in lines))
+    times = [4 * 4 * 2 / r["samples_per_s"] for r in lines]  # steps x batch x ranks
     assert run.samples_per_s() == pytest.approx(24 * 4 * 2 / sum(times))
     assert run.step_s() == pytest.approx(sum(times) / 24)
     share = sum(r["communication_share"] * t for r, t in zip(lines, times, strict=True)) / sum(times)
@@ -282,8 +282,8 @@ def test_a_run_that_began_elsewhere_counts_its_own_steps(runs: Path) -> None:
     folder = runs / "sgp"
     whole = read(folder).sent_bytes()
     first = records(folder, "train")[0]["sent_bytes_per_step"]
-    manifest(folder, resumed_at_step=4)
-    assert read(folder).sent_bytes() == pytest.approx(whole - 4 * first)  # type: ignore[operator]
+    manifest(folder, resumed_at_step=3)
+    assert read(folder).sent_bytes() == pytest.approx(whole - 3 * first)  # type: ignore[operator]
     manifest(folder, resumed_at_step=12, lives=[{"started": "2026-01-01T00:00:00+0000"}])
     assert read(folder).sent_bytes() == pytest.approx(whole)
 
@@ -462,15 +462,15 @@ def test_following_a_run_until_it_is_killed(runs: Path, process: subprocess.Pope
     with (runs / "sgp" / "metrics.jsonl").open("w") as file:
         file.write(lines[0] + lines[1][:30])
         file.flush()
-        assert watcher.stdout.readline().startswith("train step 6  loss ")
+        assert watcher.stdout.readline().startswith("train step 4  loss ")
         file.write(lines[1][30:])
         file.flush()
-        assert watcher.stdout.readline().startswith("train step 12  loss ")
+        assert watcher.stdout.readline().startswith("train step 8  loss ")
     process.kill()
     process.wait()
     out, _ = watcher.communicate(timeout=LIMIT_S)
     assert watcher.returncode == 0
-    assert out == "sgp: killed after step 12: its process is gone, and it has not said why\n"
+    assert out == "sgp: killed after step 8: its process is gone, and it has not said why\n"
 
 
 def test_following_on_a_terminal_draws_over_itself_and_ends_with_the_run(

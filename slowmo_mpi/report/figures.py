@@ -116,14 +116,14 @@ def png(figure: Figure, comparison: Comparison, path: Path) -> None:
 
 def svg(panel: Panel) -> str:
     """One panel alone, as an SVG document: letters are outlines, so that it looks alike everywhere."""
+    canvas = blank(5.0, 3.4)
+    axes = canvas.subplots()
+    _style(axes)
+    panel.draw(axes)
+    text = io.StringIO()
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "slowmo"}):
-        canvas = blank(5.0, 3.4)
-        axes = canvas.subplots()
-        _style(axes)
-        panel.draw(axes)
-        text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 

@@ -13,8 +13,6 @@ from .runs import Run, find
 from .table import ending, span
 
 EVERY_S = 1.0
-GOING = ("running", "silent", "empty")
-STARTING_S = 120.0  # a folder without a manifest is given so long
 BLOCKS = "▁▂▃▄▅▆▇█"
 UP, CLEAR = "\033[{}A", "\033[J"
 
@@ -40,18 +38,12 @@ def follow(places: Iterable[str | Path], show: Callable[[str], None]) -> list[Ru
         else:
             for line in _news(runs, seen):
                 show(line)
-        if not any(_goes_on(run) for run in runs):
+        if not any(run.state == "running" for run in runs):
             break
         time.sleep(EVERY_S)
     for run in runs:
         show(f"{run.name}: {ending(run) or f'{run.state} after {run.steps:,} steps, {span(run.time_s)}'}")
     return runs
-
-
-def _goes_on(run: Run) -> bool:
-    if run.state == "empty":
-        return run.quiet_s < STARTING_S
-    return run.state in GOING
 
 
 def _news(runs: list[Run], seen: dict[Path, int]) -> list[str]:
@@ -86,7 +78,7 @@ def _picture(runs: list[Run], columns: int, height: int) -> list[str]:
 
 def _where(run: Run) -> str:
     """State, steps, time left, speed, in a line."""
-    parts = [run.name, run.state if run.state != "empty" else "starting", f"step {run.steps:,}"]
+    parts = [run.name, run.state, f"step {run.steps:,}"]
     if (done := run.progress) is not None and run.state != "done":
         parts.append(f"{done:.0%}")
         if run.state == "running" and 0 < done < 1:
@@ -95,7 +87,7 @@ def _where(run: Run) -> str:
         parts.append(f"{rate:,.0f} samples/s")
     if "communication" in (shares := run.shares()):
         parts.append(f"communication {shares['communication']:.0%}")
-    if run.quiet_s > 60 and run.state in GOING:
+    if run.quiet_s > 60 and run.state == "running":
         parts.append(f"no word since {span(run.quiet_s)}")
     return "  ".join(parts)
 

@@ -21,7 +21,8 @@ from ..errors import UsageError, did_you_mean
 FILES = ("manifest.json", "config.toml", "metrics.jsonl")
 NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "consensus", "skipped_steps")
 HINT = "Give the run folder that `slowmo train` told, or the folder that holds several: slowmo report runs"
-SILENT_S = 600.0  # a run on another host that has written nothing for so long may be dead
+SILENT_S = 600.0  # a run on another host that has written nothing for so long may be dead,
+GAPS = 10  # where that is also so many times the usual time between its lines
 
 Record = dict[str, Any]
 
@@ -57,7 +58,8 @@ class Run:
             return "running" if alive else "killed"
         if not self.manifest:
             return "unknown" if self.records else "empty"
-        return "running" if self.quiet_s < SILENT_S else "silent"
+        usual_s = self.time_s / max(1, len(self.records))
+        return "running" if self.quiet_s < max(SILENT_S, GAPS * usual_s) else "silent"
 
     @property
     def quiet_s(self) -> float:

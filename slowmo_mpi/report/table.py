@@ -48,7 +48,9 @@ def notes(comparison: Comparison) -> list[str]:
     if any(run.simulated for run in comparison.runs):
         found.append("simulated ranks take turns in one process: their times and rates are not a cluster's")
     found += [f"{run.name}: {end}" for run in comparison.runs if (end := ending(run))]
-    return found + [f"{run.name}: {fault}" for run in comparison.runs for fault in run.faults]
+    found += [f"{run.name}: {fault}" for run in comparison.runs for fault in run.faults]
+    told = [run.manifest["notes"] for run in comparison.runs if isinstance(run.manifest.get("notes"), list)]
+    return found + list(dict.fromkeys(str(line) for lines in told for line in lines))  # the task's own, of its data
 
 
 def ending(run: Run) -> str:
