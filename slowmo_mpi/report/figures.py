@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
 GREY = "#C9CFD6"
 NAMED = len(COLOURS) * 2  # rows with a line of their own; of more the best are named, the others grey
+FEW = 4  # rows whose bands may lie on each other and still be told apart
 POINTS = 8000  # in a panel
 LOGARITHMIC = 30.0  # the ratio of largest to smallest from which an axis is logarithmic
 PARTS = {"computation": "#C4CCD4", "communication": "#4A5764", "input": "#A98467"}  # no row has these colours
@@ -65,6 +66,13 @@ def pens(comparison: Comparison) -> dict[str, Pen]:
         coloured = {label: Pen(colour) for label, colour in zip(best, COLOURS, strict=True)}
         return {row.label: coloured.get(row.label, Pen(GREY, named=False)) for row in rows}
     return {row.label: Pen(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS)]) for i, row in enumerate(rows)}
+
+
+def named(comparison: Comparison) -> list[Row]:
+    """The rows with a line of their own: all in their order, or of many the best, best first."""
+    drawn = pens(comparison)
+    rows = comparison.rows if len(comparison.rows) <= NAMED else comparison.ranking()
+    return [row for row in rows if drawn[row.label].named]
 
 
 def figures(comparison: Comparison) -> list[Figure]:
@@ -175,7 +183,7 @@ class _Lines:
     def traffic(self) -> list[Figure]:
         """What a rank sends: by step, and what it buys."""
         metric = self.comparison.headline
-        sums = [(row, total.mean) for row in self._bars() if (total := row.number(_sent_per_step))]
+        sums = [(row, total.mean) for row in named(self.comparison) if (total := row.number(_sent_per_step))]
         if metric is None or not any(total for _, total in sums):
             return []
 
@@ -195,7 +203,7 @@ class _Lines:
 
     def time(self) -> list[Figure]:
         """Where a step's time goes."""
-        rows = [row for row in self._bars() if row.number(Run.step_s) and row.runs[0].shares()]
+        rows = [row for row in named(self.comparison) if row.number(Run.step_s) and row.runs[0].shares()]
         if not rows:
             return []
 
@@ -221,10 +229,6 @@ class _Lines:
         panels = [Panel(draw, "the parts of a step's time"), Panel(rate, "samples per second against wall time")]
         return [Figure("time", "Time of a step", note, panels)]
 
-    def _bars(self) -> list[Row]:
-        """The rows that bars are drawn of: all, or the named ones where there are many."""
-        return [row for row in self.comparison.rows if self.pens[row.label].named]
-
     def _curves(self, axes: Axes, drawn: list[tuple[Row, Series]], against: str) -> None:
         for row, s in drawn:
             x = [float(step) for step in s.steps] if against == "steps" else s.times_s
@@ -240,12 +244,13 @@ class _Lines:
         every = max(1, math.ceil(len(x) * len(self.comparison.rows) / POINTS))
         keep = sorted({*range(0, len(x), every), len(x) - 1})
         x, y = [x[i] for i in keep], [y[i] for i in keep]
-        mark: dict[str, Any] = {"marker": "o", "markersize": 3.5 if len(x) <= 30 else 0}
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3.5 if len(x) <= 30 and pen.named else 0}
         style: dict[str, Any] = {"color": pen.colour, "linestyle": pen.dash, "zorder": 3 if pen.named else 2}
         axes.plot(x, y, linewidth=1.7 if pen.named else 0.8, **mark, **style)
         if low is not None and pen.named:
-            axes.fill_between(x, [low[i] for i in keep], [high[i] for i in keep], color=pen.colour, alpha=0.16,
-                              linewidth=0, zorder=1)  # fmt: skip
+            alpha = 0.16 if len(self.comparison.rows) <= FEW else 0.06
+            low, high = [low[i] for i in keep], [high[i] for i in keep]
+            axes.fill_between(x, low, high, color=pen.colour, alpha=alpha, linewidth=0, zorder=1)
 
     def _scale(self, axes: Axes, values: list[float], title: str) -> None:
         axes.set_ylabel(title, color=INK)
@@ -291,12 +296,12 @@ def _legend(comparison: Comparison) -> tuple[list[Any], list[str]]:
     from matplotlib.lines import Line2D
 
     drawn = pens(comparison)
-    named = [row for row in comparison.rows if drawn[row.label].named]
-    handles = [Line2D([], [], color=drawn[r.label].colour, linestyle=drawn[r.label].dash, linewidth=2) for r in named]
-    labels = [_several(row) for row in named]
-    if len(named) < len(comparison.rows):
+    rows = named(comparison)
+    handles = [Line2D([], [], color=drawn[r.label].colour, linestyle=drawn[r.label].dash, linewidth=2) for r in rows]
+    labels = [_several(row) for row in rows]
+    if len(rows) < len(comparison.rows):
         handles.append(Line2D([], [], color=GREY, linewidth=1))
-        labels.append(f"{len(comparison.rows) - len(named)} others")
+        labels.append(f"{len(comparison.rows) - len(rows)} others")
     return handles, labels
 
 

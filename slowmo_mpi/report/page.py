@@ -9,7 +9,7 @@ from html import escape
 from .. import __version__
 from ..config import toml_value
 from .compare import Comparison
-from .figures import GREY, Figure, Pen, pens, svg
+from .figures import GREY, Figure, Pen, named, pens, svg
 from .runs import Run
 from .table import cells, notes, span
 
@@ -96,7 +96,7 @@ def _table(comparison: Comparison) -> str:
 
 def _legend(comparison: Comparison) -> str:
     drawn = pens(comparison)
-    items = [(row.label, drawn[row.label]) for row in comparison.rows if drawn[row.label].named]
+    items = [(row.label, drawn[row.label]) for row in named(comparison)]
     if len(items) < len(comparison.rows):
         items.append((f"{len(comparison.rows) - len(items)} others", Pen(GREY)))
     return '<ul class="legend">' + "".join(f"<li>{_stroke(pen)}{escape(label)}</li>" for label, pen in items) + "</ul>"
