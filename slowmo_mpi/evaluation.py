@@ -29,6 +29,7 @@ def evaluate(inner: InnerStep, workers: bool = False) -> dict[str, float]:
     if inner.task.test is None:
         return result
     if workers:
+        worker.settle()
         with _evaluating(worker.model):
             own = _measure(inner, worker.team.inside)  # the ranks of one worker have the same parameters
         everybody = worker.team.across.gather(own)
@@ -54,7 +55,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _measure(inner: InnerStep, comm: Endpoint | None) -> dict[str, float]:
     """The metrics of the model as it is, on the test samples, which the ranks of `comm` share (None: all are ours)."""
-    task, model = inner.task, inner.worker.model
+    task, model = inner.task, inner.model
     assert task.test is not None
     mine = share(len(task.test), comm.size, comm.rank) if comm else range(len(task.test))
     size = getattr(task, "evaluation_batch", BATCH)

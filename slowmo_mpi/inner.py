@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .comm import Endpoint
 from .config import Compute
 from .errors import SlowmoError
 from .tasks import Task
@@ -25,18 +26,20 @@ LEAST_SCALE = 2.0**-14  # after 30 overflows in a row: no scale helps a gradient
 
 
 def prepare(model: nn.Module, compute: Compute, device: torch.device) -> nn.Module:
-    """The model on its device, in its memory order, to be compiled at its first use."""
+    """The model on its device and in its memory order, for the worker."""
     model = model.to(device)
-    if compute.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compute.compile:
-        model.compile()
-    return model
+    return model.to(memory_format=torch.channels_last) if compute.channels_last else model  # type: ignore[call-overload]
+
+
+def progress(way: str, compute: Compute, comm: Endpoint) -> str:
+    """Who polls: "auto" is a thread for a compiled model, one program that leaves nothing between its layers."""
+    return "thread" if way == "auto" and compute.compile and comm.allows_threads else way
 
 
 class InnerStep:
     """Takes inner steps of `task` with `worker`.
 
+    model: the worker's, compiled where that is asked for; what it computes with, also to be evaluated.
     taken: whether the optimizer's step was taken last time (float16 leaves out those whose gradients overflow).
     input_s: seconds it waited for its micro-batches.
     """
@@ -44,6 +47,7 @@ class InnerStep:
     def __init__(self, task: Task, worker: SlowMo, compute: Compute, clip_norm: float):
         self.task, self.worker, self._compute, self._clip_norm = task, worker, compute, clip_norm
         self._device = worker.comm.device
+        self.model: Any = torch.compile(worker.model) if compute.compile else worker.model
         self._scaler = torch.amp.GradScaler(self._device.type) if compute.precision == "float16" else None
         self.taken, self.input_s = True, 0.0
 
@@ -69,7 +73,7 @@ class InnerStep:
                 batch = self.to_device(next(feed))
             self.input_s += time.perf_counter() - started
             with comm.span("computation", "forward"), self.autocast():
-                loss, metrics = self.task.loss(worker.model, batch)
+                loss, metrics = self.task.loss(self.model, batch)
             losses.append(loss.detach())
             shown.append(metrics)
             loss = loss / self._compute.accumulate

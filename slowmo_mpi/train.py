@@ -22,7 +22,7 @@ from .config import Base, Config, Run, dump
 from .errors import SlowmoError
 from .evaluation import evaluate
 from .flat import wire_type
-from .inner import InnerStep, prepare, to_device
+from .inner import InnerStep, prepare, progress, to_device
 from .resume import changes
 from .runlog import RunLog, manifest
 from .stopping import Vote, Wish
@@ -121,7 +121,7 @@ def train(
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
         beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
         overlap=slow.overlap, ranks_per_worker=config.run.ranks_per_worker() or ranks_of_a_node(comm),
-        wire=wire_type(config.comm.dtype), progress=config.comm.progress,
+        wire=wire_type(config.comm.dtype), progress=progress(config.comm.progress, config.compute, comm),
     )  # fmt: skip
     inner = InnerStep(task, worker, config.compute, config.optimizer.clip_norm)
     checkpoints = Checkpoints(

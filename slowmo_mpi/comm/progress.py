@@ -27,14 +27,13 @@ def begin(way: str, model: nn.Module, comm: Endpoint) -> Hooks | Thread:
     """Have somebody poll while the model computes, until it is closed.
 
     auto: hooks for a model on the CPU, where a thread would take time from the one that computes; a thread for one on
-    a GPU, whose layers only queue work, and for a compiled one, which has none. A thread needs an MPI that several
-    threads may use.
+    a GPU, whose layers only queue work. A thread needs an MPI that several threads may use. (Inside a compiled model
+    no hook polls: choose the thread.)
     """
     if way == "thread" and not comm.allows_threads:
         raise UsageError("This MPI does not allow progress by a thread.", "Choose progress = hooks.")
     if way == "auto":
-        compiled = any(getattr(m, "_compiled_call_impl", None) for m in model.modules())
-        way = "thread" if comm.allows_threads and (comm.device.type == "cuda" or compiled) else "hooks"
+        way = "thread" if comm.allows_threads and comm.device.type == "cuda" else "hooks"
     return Thread(comm) if way == "thread" else Hooks(model, comm)
 
 
@@ -54,7 +53,7 @@ class Hooks:
             hook.remove()
 
     def _poll(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # a compiled model is one program: nothing is left between its layers
+        if torch.compiler.is_compiling():  # else the graph would break after every layer
             return
         if self._comm.busy:
             now = time.perf_counter()
