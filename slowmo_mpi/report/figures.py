@@ -89,8 +89,8 @@ def figures(comparison: Comparison) -> list[Figure]:
                 Panel(partial(lines.metric, metric=metric, against="steps"), f"{metric.title} against steps"),
                 Panel(partial(lines.metric, metric=metric, against="time"), f"{metric.title} against wall time"),
             ]
-            note = f"{metric.title.capitalize()}{of}{where}.{lines.bands(metric)}"
-            found.append(Figure(_file(metric), metric.title.capitalize(), note, panels))
+            title = metric.title[:1].upper() + metric.title[1:]
+            found.append(Figure(_file(metric), title, f"{title}{of}{where}.{lines.bands(metric)}", panels))
     found += lines.consensus() + lines.traffic() + lines.time()
     return found
 
@@ -233,10 +233,10 @@ class _Lines:
         for row, s in drawn:
             x = [float(step) for step in s.steps] if against == "steps" else s.times_s
             self._line(axes, row, x, s.values, s.low, s.high)
-        if against == "sent":
-            axes.set_xlabel("sent by a rank, MB", color=INK)
-        else:
-            axes.set_xlabel("steps" if against == "steps" else _time_axis(axes), color=INK)
+        if against == "steps":
+            axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}" if step == round(step) else "")
+        names = {"steps": "steps", "sent": "sent by a rank, MB"}
+        axes.set_xlabel(names.get(against) or _time_axis(axes), color=INK)
         axes.set_xlim(0, 1.03 * axes.dataLim.x1 if axes.dataLim.x1 > 0 else 1)
 
     def _line(self, axes: Axes, row: Row, x: Any, y: Any, low: Any = None, high: Any = None) -> None:
@@ -321,19 +321,16 @@ def _style(axes: Axes) -> None:
 
 def _time_axis(axes: Axes) -> str:
     """The label of an axis in seconds, whose ticks are shown in the unit that suits them."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import MultipleLocator
 
     longest = axes.dataLim.x1
-    for unit, seconds in (("hours", 3600.0), ("minutes", 60.0)):
-        if longest > 3 * seconds:
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, seconds=seconds: f"{x / seconds:g}"))
-            base = 10 ** math.floor(math.log10(longest / seconds / 4)) * seconds
-            step = next(base * k for k in (1, 2, 5, 10) if longest / (base * k) <= 8)
-            from matplotlib.ticker import MultipleLocator
-
-            axes.xaxis.set_major_locator(MultipleLocator(step))
-            return f"wall time, {unit}"
-    return "wall time, seconds"
+    units = {"hours": 3600.0, "minutes": 60.0}
+    unit = next((name for name, seconds in units.items() if longest > 3 * seconds), "seconds")
+    if seconds := units.get(unit):
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / seconds:g}")
+        base = 10 ** math.floor(math.log10(longest / seconds / 4)) * seconds
+        axes.xaxis.set_major_locator(MultipleLocator(next(base * k for k in (1, 2, 5, 10) if longest <= 8 * base * k)))
+    return f"wall time, {unit}"
 
 
 def _part_s(row: Row, part: str) -> float:

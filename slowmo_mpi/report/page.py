@@ -11,7 +11,7 @@ from ..config import toml_value
 from .compare import Comparison
 from .figures import GREY, Figure, Pen, named, pens, svg
 from .runs import Run
-from .table import cells, notes, span
+from .table import are_words, cells, notes, span
 
 STYLE = """
 :root { color: #1f2933; background: #fff; font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -84,8 +84,7 @@ def _about(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison) -> str:
     heads, lines = cells(comparison)
-    words = [not any(line[i][:1].isdigit() for line in lines) for i in range(len(heads))]
-    kinds = [' class="word"' if word else "" for word in words]
+    kinds = [' class="word"' if word else "" for word in are_words(lines)]
     head = "".join(f"<th{kind}>{escape(h)}</th>" for h, kind in zip(heads, kinds, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(line, kinds, strict=True)) + "</tr>"

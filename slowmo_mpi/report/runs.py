@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import time
@@ -253,8 +254,12 @@ def _records(path: Path) -> tuple[list[Record], list[int]]:
             if number < len(lines):
                 damaged.append(number)
             continue
-        records.append(record)
+        records.append({k: v if k == "kind" or _is_finite(v) else None for k, v in record.items()})
     return records, damaged
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_alive(manifest: dict[str, Any]) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from .compare import Comparison, Metric, Number, Row, short
+from .compare import Comparison, Number, Row, short
 from .runs import Run
 
 NAME = 44  # the longest name of a row in the text table
@@ -14,7 +14,7 @@ NAME = 44  # the longest name of a row in the text table
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The heading, and a line of text per row. A column in which no row has anything is left out."""
     keys = comparison.keys
-    heads = [*([short(k, keys) for k in keys] if keys else []), *_heads(comparison)]
+    heads = [*(short(k, keys) for k in keys), *_heads(comparison)]
     lines = []
     for row in comparison.rows:
         settings = ["-" if (v := row.settings[k]) is None else str(v) for k in keys]
@@ -31,13 +31,18 @@ def text(comparison: Comparison) -> str:
     """Aligned columns, and below them what the figures mean where it is not plain."""
     heads, lines = cells(comparison)
     lines = [[_cut(cell) for cell in line] for line in lines]
-    words = [all(not _is_number(line[i]) for line in lines) for i in range(len(heads))]
+    words = are_words(lines)
     widths = [max(len(row[i]) for row in [heads, *lines]) for i in range(len(heads))]
     out = []
     for line in [heads, *lines]:
         padded = [c.ljust(w) if left else c.rjust(w) for c, w, left in zip(line, widths, words, strict=True)]
         out.append("  ".join(padded).rstrip())
     return "\n".join([*out, *notes(comparison)])
+
+
+def are_words(lines: list[list[str]]) -> list[bool]:
+    """Which columns hold words, and are set to the left."""
+    return [all(not _is_number(cell) for cell in column) for column in zip(*lines, strict=True)]
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -111,7 +116,7 @@ def size(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def shown(number: Number | None, metric: Metric | None = None) -> str:
+def shown(number: Number | None) -> str:
     """A metric's number with as many digits as its spread leaves meaning."""
     if number is None:
         return "-"
@@ -164,4 +169,4 @@ def _cut(cell: str) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "-" or cell[:1].isdigit() or cell[:1] in "-."
+    return cell[:1].isdigit() or cell[1:2].isdigit()
