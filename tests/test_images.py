@@ -294,11 +294,19 @@ def imagenet(place: Path, **options: Any) -> Any:
     return tasks.build("imagenet", small | options, Context(0, 1, 5, str(place)))
 
 
+def loosen(split: Path) -> None:
+    """Take the images out of their folders of classes."""
+    for image in [*split.glob("*/*")]:
+        image.rename(split / image.name)
+    for place in [*split.iterdir()]:
+        if place.is_dir():
+            place.rmdir()
+
+
 FOLDER_FAULTS: list[tuple[Callable[[Path], Any], str, str]] = [
     (lambda f: f.rename(f.with_name("x")), r"There is no .*net", "task.data"),
     (lambda f: (f / "val").rename(f / "valid"), r"has no folder val", "train/ and val/"),
-    (lambda f: [p.rename(f / "val" / p.name) for p in [*f.glob("val/*/*")]] + [p.rmdir() for p in f.glob("val/n*")],
-     r"val holds images, but not in folders of their classes", "val/n01440764/"),
+    (lambda f: loosen(f / "val"), r"val holds images, but not in folders of their classes", "val/n01440764/"),
     (lambda f: [p.unlink() for p in f.glob("train/*/*")], r"class folders and no images", ".jpeg"),
     (lambda f: (f / "train/n00000009").mkdir(), r"classes of .* differ: n00000009 is in train or in val alone", "same"),
     (lambda f: [(f / s / "n00000009").mkdir() for s in ("train", "val")], r"has 4 classes, .* made for 3",
@@ -411,7 +419,7 @@ def test_packing_is_read_back(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
     def faulty(copier: Any) -> None:
         plain(copier)
-        if monkeypatch is not None and not struck:
+        if copier._checksum(30) and not struck:
             struck.append(os.pwrite(copier._fd, b"???", int(copier._starts[30]) + 100))
 
     struck: list[int] = []

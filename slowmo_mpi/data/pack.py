@@ -72,9 +72,11 @@ def pack(folder: Path, file: Path, comm: Endpoint, tell: Callable[[str], None]) 
     Raises: SlowmoError, on one rank or on all, where something cannot be read or written, where too many images are
     broken, or where other bytes are read back than were written.
     """
+    if file.exists():
+        raise UsageError(f"There is a {file} already.", f"To pack it anew, type: rm {file}")
     part = file.with_name(file.name + PART)
     classes, listings = _list(folder, comm)
-    places, resumed = together(comm, lambda: _begin(file, part, classes, listings), only=0)[0]
+    places, resumed = together(comm, lambda: _begin(part, classes, listings), only=0)[0]
     images = sum(len(x.names) for x in listings.values())
     if comm.rank == 0:
         counts = " + ".join(f"{len(x.names):,} {split}" for split, x in listings.items())
@@ -143,12 +145,8 @@ def _sizes(place: Path, names: list[str], classes: range) -> dict[int, list[tupl
         return {c: [(n, (folder / n).stat().st_size) for n in images_of(folder)] for c, folder in folders.items()}
 
 
-def _begin(
-    file: Path, part: Path, classes: list[str], listings: dict[str, Listing]
-) -> tuple[dict[str, tuple[int, int]], bool]:
+def _begin(part: Path, classes: list[str], listings: dict[str, Listing]) -> tuple[dict[str, tuple[int, int]], bool]:
     """Rank 0: the file's tables, made or found: where in the file each split's bytes and checksums begin."""
-    if file.exists():
-        raise UsageError(f"There is a {file} already.", f"To pack it anew, type: rm {file}")
     encoded = np.array([os.fsencode(name) for name in classes])
     with contextlib.suppress(SlowmoError):  # none, or none of ours
         if part.exists():
@@ -161,7 +159,7 @@ def _begin(
                 ):
                     return _places(found, listings), True
     with _told(part):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         h5py, beginning = hdf5.load(), Beginning()
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
         access.set_fileobj_driver(h5py.h5fd.fileobj_driver, beginning)
