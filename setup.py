@@ -23,7 +23,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "safetensors>=0.4",
-        "torch>=2.2",
+        "torch>=2.3",
         "tqdm>=4.66",
         "xxhash>=3.4",
     ],

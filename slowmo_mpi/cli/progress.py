@@ -28,11 +28,13 @@ def metrics_of(record: Mapping[str, Any]) -> str:
     spread = spread_of(record)
     hidden = {key for keys in spread.values() for key in keys}.union(NOT_METRICS)
     told = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k not in hidden]
-    workers = [
-        f"{k} {record[low]:.4f} to {record[high]:.4f} (mean {record[mean]:.4f})"
-        for k, (low, mean, high) in ((k, keys) for k, keys in spread.items() if len(keys) == 3)
+    measured = {k: [record[key] for key in keys] for k, keys in spread.items() if len(keys) == 3}
+    differ = [
+        f"{k} {low:.4f} to {high:.4f} (mean {mean:.4f})" for k, (low, mean, high) in measured.items() if low != high
     ]
-    return "  ".join([*told, *([f"workers: {', '.join(workers)}"] if workers else [])])
+    if measured:
+        told.append(f"workers: {', '.join(differ) or 'all alike'}")
+    return "  ".join(told)
 
 
 class Progress:
