@@ -2,7 +2,7 @@
 
 A process that has started MPI must not be forked: a child would share its registered memory and its connections. The
 decoders are therefore fresh Pythons (vfork and exec, which copies nothing), with one socket for tasks and replies, and
-one piece of memory for pixels. Threads would fight with the training for Python's lock.
+one piece of memory for pixels; they never hold the lock that the rank's own Python needs.
 
 An image that cannot be decoded is named, counted, and replaced by the next one of the split that can, so that a batch
 is a function of its samples' numbers and the epoch alone.
