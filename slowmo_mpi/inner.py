@@ -80,7 +80,7 @@ class InnerStep:
             waiting: AbstractContextManager[None] = worker.accumulating() if left else nullcontext()
             with comm.span("computation", "backward"), waiting:
                 (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-        means = {k: torch.stack([m[k].detach() for m in shown]).mean() for k in shown[0]}
+        means = {k: torch.stack([m[k].detach().double() for m in shown]).mean() for k in shown[0]}
         if self._scaler is not None:
             self._scaler.unscale_(worker.optimizer)
         if self._clip_norm:
@@ -99,6 +99,8 @@ class InnerStep:
 
     def check_scale(self) -> None:
         """On all ranks together. Raises: SlowmoError on every rank where one's gradients overflow at any scale."""
+        if self._scaler is None:
+            return
         scales = self.worker.comm.gather(self.scale)
         if min(scales) < LEAST_SCALE:
             raise SlowmoError(

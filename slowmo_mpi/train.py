@@ -263,7 +263,7 @@ def _sum_up(window: _Window, inner: InnerStep, config: Config, step: int) -> dic
     of_worker = _mean(inside.gather(means[0])) if inside else means[0]
     elapsed = time.perf_counter() - window.started
     costs = [window.waited_s / elapsed, window.input_s / elapsed, window.sent_bytes / len(losses)]
-    everybody = comm.gather((first_bad, means, of_worker, int((~taken).sum()), costs))
+    everybody = comm.gather((first_bad, means, of_worker, int(taken.sum()), costs))
     failed = [(b, r) for r, (b, *_) in enumerate(everybody) if b is not None]
     if failed:
         at, rank = min(failed)
@@ -272,10 +272,12 @@ def _sum_up(window: _Window, inner: InnerStep, config: Config, step: int) -> dic
             f"The loss became inf or nan at step {at} on rank {rank} (learning rate {rate:g}).",
             f"Type --set optimizer.lr={rate / 10:g}, or --set optimizer.warmup=...; the run folder has the metrics.",
         )
-    mean = [_mean(values) for values in zip(*(m for _, m, *_ in everybody), strict=True)]
-    of_workers = [x for *_, x, _, _ in everybody if not math.isnan(x)] or [math.nan]
+    told = [(m, own) for _, m, own, n, _ in everybody if n] or [(means, of_worker)]  # ranks that took a step
+    mean = [_mean(values) for values in zip(*(m for m, _ in told), strict=True)]
+    of_workers = [own for _, own in told]
     waited, read, sent = (_mean(values) for values in zip(*(c for *_, c in everybody), strict=True))
-    skipped = {"skipped_steps": sum(n for *_, n, _ in everybody)} if config.compute.precision == "float16" else {}
+    left_out = sum(len(losses) - n for *_, n, _ in everybody)
+    skipped = {"skipped_steps": left_out} if config.compute.precision == "float16" else {}
     return {
         "step": step,
         **dict(zip(["loss", *names], mean, strict=True)),
@@ -291,9 +293,7 @@ def _sum_up(window: _Window, inner: InnerStep, config: Config, step: int) -> dic
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers."""
-    numbers = [v for v in values if not math.isnan(v)]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    return math.fsum(values) / len(values)
 
 
 def _go_on(inner: InnerStep, config: Config, resume: Checkpoint) -> dict[str, Any]:
