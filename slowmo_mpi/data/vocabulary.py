@@ -67,7 +67,7 @@ def learn(files: Sequence[Path], size: int, out: Path) -> int:
     SlowmoError when a file cannot be read or is not UTF-8.
     """
     counts = [count_lines(file) for file in files]
-    every = -(-sum(counts) // LEARNED_FROM) or 1
+    every = -(-sum(counts) // LEARNED_FROM)
     model = io.BytesIO()
 
     def chosen() -> Iterator[str]:

@@ -47,7 +47,7 @@ def wmt16(
     """
     for key, value, wrong, usual in (
         ("vocabulary", vocabulary, vocabulary <= END + 1, 32768),
-        ("max_tokens", max_tokens, max_tokens < 1, 3584),
+        ("max_tokens", max_tokens, max_tokens < 2, 3584),
         ("max_length", max_length, not 1 <= max_length < max_tokens, min(256, max_tokens - 1)),
         ("dropout", dropout, not 0 <= dropout < 1, 0.3),
         ("label_smoothing", label_smoothing, not 0 <= label_smoothing < 1, 0.1),
