@@ -24,7 +24,7 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "bench", "doctor", "presets", "picture"],
+    ["train", "plan", "bench", "doctor", "jobs", "presets", "picture"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
     ["bases", "buckets", "restart", "saved", "team"],

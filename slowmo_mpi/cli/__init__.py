@@ -17,6 +17,7 @@ from .bench import bench
 from .checkpoint import checkpoint
 from .doctor import doctor
 from .init import init
+from .job import job
 from .plan import plan
 from .say import say
 from .topology import topology
@@ -39,7 +40,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, topology, checkpoint, bench, doctor):
+for command in (init, train, plan, job, topology, checkpoint, bench, doctor):
     slowmo.add_command(command)
 
 

@@ -1,0 +1,135 @@
+"""slowmo job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from .say import config_argument, note
+
+
+class _Job(click.Group):
+    """`slowmo job CONFIG` is short for `slowmo job script CONFIG`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["script", *args]
+        ctx.obj = tuple(args[1:])  # for the script, which says how it was written
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Job, subcommand_metavar="CONFIG [OPTIONS] | status RUN")
+def job() -> None:
+    """From a configuration to a job for Slurm, PBS or Torque; and how the job does.
+
+    `slowmo job CONFIG` is short for `slowmo job script CONFIG`. Works on a login node, without MPI.
+
+    \b
+    Example:
+      slowmo job my.toml --nodes 4 --time 4h
+      slowmo job my.toml --site cray-ex --submit
+      slowmo job status runs/my-job-20261123-101500
+    """
+
+
+@job.command()
+@config_argument
+@click.option(
+    "--site", envvar="SLOWMO_SITE", metavar="NAME|FILE.toml",
+    help="Site profile: one of ours, or a file. Default: $SLOWMO_SITE, else by the scheduler that is found here.",
+)  # fmt: skip
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Number of nodes.")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(1), help="Ranks on each node. Default: the profile's, or one per GPU."
+)
+@click.option("--time", "limit", metavar="TIME", help="Time limit, such as 4h or 04:00:00. Default: the profile's.")
+@click.option("--partition", metavar="NAME", help="Partition or queue. Default: the profile's.")
+@click.option("--account", metavar="NAME", help="Account that pays. Default: the profile's.")
+@click.option(
+    "--array", "sweep", multiple=True, metavar="KEY=V,V,...|FILE",
+    help="A sweep as a job array: section.key=value,value,... (several make a grid), or a file with a line of settings "
+    "for each task.",
+)  # fmt: skip
+@click.option(
+    "--chain", type=click.IntRange(2), metavar="N",
+    help="N jobs, each after the one before, in place of one that is requeued.",
+)  # fmt: skip
+@click.option("--template", type=click.Path(exists=True, dir_okay=False), help="A template of your own (Jinja2).")
+@click.option("--submit", is_flag=True, help="Submit it, from a new job folder; the job's id goes to stdout.")
+@click.option("--dry-run", is_flag=True, help="Print the commands that --submit would run, and do nothing.")
+@click.pass_obj
+def script(
+    arguments: tuple[str, ...],
+    config: str,
+    overrides: tuple[str, ...],
+    site: str | None,
+    nodes: int,
+    ranks_per_node: int | None,
+    limit: str | None,
+    partition: str | None,
+    account: str | None,
+    sweep: tuple[str, ...],
+    chain: int | None,
+    template: str | None,
+    submit: bool,
+    dry_run: bool,
+) -> None:
+    """Print the script of a job that trains CONFIG, or submit it.
+
+    The job runs slowmo doctor, then slowmo train. Warned before its time limit it stops with a checkpoint, is
+    requeued and goes on, until the run is done or three attempts in a row came no further. --submit keeps script
+    and configuration in a job folder; without it the script comes on stdout and refers to CONFIG.
+
+    \b
+    Example:
+      slowmo job my.toml > job.sh
+      slowmo job my.toml --nodes 8 --time 12h --site my-site.toml --submit
+      slowmo job my.toml --array slowmo.tau=12,48 --array slowmo.beta=0.2,0.6 --submit
+      slowmo job my.toml --chain 5 --submit --dry-run
+    """
+    from .. import config as configuration
+    from ..errors import UsageError
+    from ..jobs import script as scripts
+    from ..jobs import site as sites
+    from ..jobs import submit as submitting
+
+    settings = configuration.load(config, overrides)
+    profile = sites.load(site or sites.usual())
+    parent = Path(os.path.expandvars(profile.scratch), settings.run.folder).absolute()
+    if "$" in os.path.expandvars(profile.scratch):
+        raise UsageError(f"scratch = {profile.scratch!r}: a variable is not set here.", "Write the folder itself.")
+    folder = parent / f"{settings.run.name}-job-{time.strftime('%Y%m%d-%H%M%S')}"
+    submit = submit or dry_run
+    per_node = ranks_per_node or profile.ranks_per_node or profile.gpus_per_node or 1
+    time_s = scripts.seconds(limit or profile.time, "--time" if limit else "time =") if limit or profile.time else 0
+    venv = profile.venv or ("" if profile.image or sys.prefix == sys.base_prefix else sys.prefix)
+    made = scripts.Job(
+        arguments=arguments, site=profile, name=settings.run.name, label=scripts.label(settings.run.name),
+        workdir=os.getcwd(), folder=str(folder),
+        config=str(folder / submitting.CONFIG if submit else Path(config).absolute()),
+        settings=() if submit else overrides, tasks=scripts.sweep(sweep), chain=chain or 1, nodes=nodes,
+        ranks_per_node=per_node, cores_per_rank=profile.cores_per_node // per_node, time_s=time_s,
+        warning_s=min(scripts.seconds(profile.warning, "warning ="), time_s // 4 or 1 << 31),
+        partition=partition or profile.partition, account=account or profile.account, venv=venv,
+    )  # fmt: skip
+    scripts.check(made, config)
+    text = scripts.render(made, template)
+    if dry_run:
+        click.echo(f"mkdir -p {shlex.quote(str(folder))} # with job.sh and config.toml")
+        for i in range(made.chain):
+            words = submitting.command(made, f"ID{i}" if i else "")
+            click.echo(
+                f"cd {shlex.quote(str(folder))} && {shlex.join(words)}" + (f" # ID{i + 1}" if made.chain > 1 else "")
+            )
+    elif submit:
+        ids = submitting.submit(made, text, configuration.dump(settings))
+        note(f"job folder: {folder}")
+        for number in ids:
+            click.echo(number)
+    else:
+        click.echo(text, nl=False)
