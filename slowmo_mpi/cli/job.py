@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -133,3 +135,47 @@ def script(
             click.echo(number)
     else:
         click.echo(text, nl=False)
+
+
+@job.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(run: str, as_json: bool) -> None:
+    """Say how a job does: what the scheduler says, and step, loss, time left and last checkpoint of its run.
+
+    RUN is a job folder, a run folder in one, or the id of a job whose folder is below the working directory. A
+    scheduler's command that is not here is left out.
+
+    \b
+    Example:
+      slowmo job status runs/my-job-20261123-101500
+      slowmo job status 4711 --json
+    """
+    from ..jobs.status import status as ask
+
+    found = ask(run)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(s) for s in found], indent=2))
+        return
+    rows = [("task", "job", "state", "attempt", "step", "loss", "samples/s", "left", "checkpoint", "last attempt")]
+    for s in found:
+        clock = f" {s.elapsed}/{s.limit}" if s.limit else ""
+        state = f"{s.state or 'unknown'}{clock}{f' ({s.reason})' if s.reason else ''}"
+        saved = f"step {s.checkpoint_step}, {span(s.checkpoint_age_s)} ago" if s.checkpoint_age_s is not None else "-"
+        rows.append(
+            (
+                s.task or "-", s.job or "-", state + (f", {s.waiting} more waiting" if s.waiting else ""),
+                str(s.attempts), f"{s.step if s.step is not None else '-'}/{s.steps or '-'}",
+                f"{s.loss:.4g}" if s.loss is not None else "-",
+                f"{s.samples_per_s:,.0f}" if s.samples_per_s is not None else "-",
+                span(s.left_s) if s.left_s is not None else "-", saved, s.outcome or "-",
+            )
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def span(time_s: float) -> str:
+    """Seconds as H:MM:SS."""
+    return f"{int(time_s // 3600)}:{int(time_s % 3600 // 60):02d}:{int(time_s % 60):02d}"
