@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
-import sys
 import time
-from pathlib import Path
 
 import click
 
@@ -94,44 +91,26 @@ def script(
       slowmo job my.toml --array slowmo.tau=12,48 --array slowmo.beta=0.2,0.6 --submit
       slowmo job my.toml --chain 5 --submit --dry-run
     """
-    from .. import config as configuration
-    from ..errors import UsageError
+    from ..config import dump
     from ..jobs import script as scripts
     from ..jobs import site as sites
     from ..jobs import submit as submitting
 
-    settings = configuration.load(config, overrides)
-    profile = sites.load(site or sites.usual())
-    parent = Path(os.path.expandvars(profile.scratch), settings.run.folder).absolute()
-    if "$" in os.path.expandvars(profile.scratch):
-        raise UsageError(f"scratch = {profile.scratch!r}: a variable is not set here.", "Write the folder itself.")
-    folder = parent / f"{settings.run.name}-job-{time.strftime('%Y%m%d-%H%M%S')}"
-    submit = submit or dry_run
-    per_node = ranks_per_node or profile.ranks_per_node or profile.gpus_per_node or 1
-    time_s = scripts.seconds(limit or profile.time, "--time" if limit else "time =") if limit or profile.time else 0
-    venv = profile.venv or ("" if profile.image or sys.prefix == sys.base_prefix else sys.prefix)
-    made = scripts.Job(
-        arguments=arguments, site=profile, name=settings.run.name, label=scripts.label(settings.run.name),
-        workdir=os.getcwd(), folder=str(folder),
-        config=str(folder / submitting.CONFIG if submit else Path(config).absolute()),
-        settings=() if submit else overrides, tasks=scripts.sweep(sweep), chain=chain or 1, nodes=nodes,
-        ranks_per_node=per_node, cores_per_rank=profile.cores_per_node // per_node, time_s=time_s,
-        warning_s=min(scripts.seconds(profile.warning, "warning ="), time_s // 4 or 1 << 31),
-        partition=partition or profile.partition, account=account or profile.account, venv=venv,
+    asked = scripts.Request(
+        nodes, ranks_per_node, limit, partition, account, sweep, chain or 1, keep=submit or dry_run
     )  # fmt: skip
-    scripts.check(made, config)
+    profile = sites.load(site or sites.usual())
+    made, settings = scripts.make(config, overrides, profile, asked, arguments, time.strftime("%Y%m%d-%H%M%S"))
     text = scripts.render(made, template)
     if dry_run:
-        click.echo(f"mkdir -p {shlex.quote(str(folder))} # with job.sh and config.toml")
+        place = shlex.quote(made.folder)
+        click.echo(f"mkdir -p {place} # for {submitting.SCRIPT} and {scripts.CONFIG}")
         for i in range(made.chain):
-            words = submitting.command(made, f"ID{i}" if i else "")
-            click.echo(
-                f"cd {shlex.quote(str(folder))} && {shlex.join(words)}" + (f" # ID{i + 1}" if made.chain > 1 else "")
-            )
+            words = shlex.join(submitting.command(made, f"ID{i}" if i else ""))
+            click.echo(f"cd {place} && {words}{f' # prints ID{i + 1}' if made.chain > 1 else ''}")
     elif submit:
-        ids = submitting.submit(made, text, configuration.dump(settings))
-        note(f"job folder: {folder}")
-        for number in ids:
+        note(f"job folder: {made.folder}")
+        for number in submitting.submit(made, text, dump(settings)):
             click.echo(number)
     else:
         click.echo(text, nl=False)

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from ..config import load as load_config
-from ..config import toml_value
+from ..config import Config, load, toml_value
 from ..errors import UsageError, did_you_mean
 from . import shell
 from .site import Site, own_folder
 
-STUCK = 3  # attempts in a row that may come no further
+CONFIG = "config.toml"  # in the job's folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; what is None or empty the site's profile says.
+
+    time: such as "4h". array: the specs of `sweep`. chain: how many jobs follow one another. keep: whether the job has
+    a configuration of its own in its folder.
+    """
+
+    nodes: int = 1
+    ranks_per_node: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    array: tuple[str, ...] = ()
+    chain: int = 1
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,8 @@ class Job:
 
     arguments: the words of the command that made this. label: a name that every scheduler takes. workdir: where
     relative paths of the configuration start. folder: of the job, absolute. tasks: a sweep's settings, one tuple
-    for each task. chain: how many jobs follow one another. time_s: the limit in seconds, 0 for the site's.
+    for each task. cores_per_rank: 0 where the site does not say. time_s: the limit in seconds, 0 for the site's own.
+    venv: a word of bash, empty for none. stuck: attempts in a row that may come no further.
     """
 
     arguments: tuple[str, ...]
@@ -41,19 +61,51 @@ class Job:
     tasks: tuple[tuple[str, ...], ...]
     chain: int
     nodes: int
+    ranks: int
     ranks_per_node: int
     cores_per_rank: int
     time_s: int
     warning_s: int
     partition: str
     account: str
-    venv: str
-    stuck: int = STUCK
+    venv: shell.Raw
+    stuck: int = 3
 
-    @property
-    def ranks(self) -> int:
-        """All ranks of the job."""
-        return self.nodes * self.ranks_per_node
+
+def make(
+    path: str, overrides: tuple[str, ...], site: Site, asked: Request, arguments: tuple[str, ...], now: str
+) -> tuple[Job, Config]:
+    """The job that trains the configuration at `path`, and that configuration. now: a part of the folder's name.
+
+    Raises: UsageError for what can be known not to work before it waits in a queue.
+    """
+    config = load(path, overrides)
+    tasks = sweep(asked.array)
+    for task in tasks:
+        load(path, (*overrides, *task))
+    scratch = os.path.expanduser(os.path.expandvars(site.scratch))
+    if "$" in scratch:
+        raise UsageError(f"scratch = {scratch!r} has a variable that is not set here.", "Write the folder itself.")
+    parent = Path(scratch, config.run.folder).absolute()
+    folders = (parent / f"{config.run.name}-job-{now}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    folder = next(f for f in folders if not f.exists())  # several may be submitted in one second
+    ranks_per_node = asked.ranks_per_node or site.ranks_per_node or site.gpus_per_node or 1
+    limit = asked.time or site.time
+    time_s = seconds(limit, "The time limit") if limit else 0
+    warning_s = seconds(site.warning, "warning =")
+    here = "" if site.image or sys.prefix == sys.base_prefix else sys.prefix
+    job = Job(
+        arguments=arguments, site=site, name=config.run.name, label=label(config.run.name), workdir=os.getcwd(),
+        folder=str(folder), config=str(folder / CONFIG if asked.keep else Path(path).absolute()),
+        settings=() if asked.keep else overrides, tasks=tasks, chain=asked.chain, nodes=asked.nodes,
+        ranks=asked.nodes * ranks_per_node, ranks_per_node=ranks_per_node,
+        cores_per_rank=site.cores_per_node // ranks_per_node, time_s=time_s,
+        warning_s=min(warning_s, time_s // 4) if time_s else warning_s,
+        partition=asked.partition or site.partition, account=asked.account or site.account,
+        venv=shell.expand(site.venv) if site.venv else shell.quote(here) if here else shell.Raw(),
+    )  # fmt: skip
+    check(job)
+    return job, config
 
 
 def label(name: str) -> str:
@@ -114,10 +166,8 @@ def _values(text: str) -> list[str]:
         return [part.strip() for part in text.split(",")]
 
 
-def check(job: Job, config: str) -> None:
-    """Refuse what can be known not to work before it waits in a queue. Raises: UsageError."""
-    for task in job.tasks or ((),):
-        load_config(config, (*job.settings, *task))
+def check(job: Job) -> None:
+    """Refuse what cannot work. Raises: UsageError."""
     site = job.site
     if site.gpus_per_node and job.ranks_per_node > site.gpus_per_node:
         raise UsageError(
@@ -134,6 +184,10 @@ def check(job: Job, config: str) -> None:
             "Without a scheduler there is one machine, and one job at a time.",
             "Leave out --nodes, --array and --chain, or name a --site.",
         )
+    if site.image and set(",:") & set(job.workdir + job.folder):
+        raise UsageError(
+            f"Apptainer takes no folder with , or : in its name ({job.workdir}, {job.folder}).", "Rename it."
+        )
     if job.chain > 1 and job.tasks:
         raise UsageError(
             "--chain and --array exclude each other.", "Each task of an array goes on by itself; leave out --chain."
@@ -141,7 +195,7 @@ def check(job: Job, config: str) -> None:
     if site.scheduler in ("pbs", "torque") and not job.time_s:
         raise UsageError(
             "PBS gives no warning before a job's end that all sites agree on: the run must know its time limit.",
-            "Type for example --time 4h, or write time in the site profile.",
+            "Type for example --time 4h, or write time = in the site profile.",
         )
 
 
@@ -158,7 +212,7 @@ def render(job: Job, template: str | None = None) -> str:
     filters = (shell.words, shell.expand, shell.directive, shell.line, clock)
     environment.filters |= {f.__name__: f for f in filters}
     name = Path(template).name if template else f"{job.site.scheduler.replace('none', 'local')}.sh.j2"
-    known = {f.name: getattr(job, f.name) for f in fields(job)} | {"ranks": job.ranks}
+    known = vars(job)
     try:
         return environment.get_template(name).render(known)
     except jinja2.UndefinedError as error:

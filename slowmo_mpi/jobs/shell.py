@@ -38,12 +38,13 @@ def words(values: Iterable[object], before: str = "") -> Raw:
 
 
 def expand(value: object) -> Raw:
-    """As `quote`, but $NAME and ${NAME} stand for variables of the job; nothing else of the shell works.
+    """As `quote`, but $NAME, ${NAME} and ~/ stand for what they do in the job; nothing else of the shell works.
 
     Raises: UsageError for characters that cannot be printed.
     """
-    special = re.sub(r"[\\\"`]|\$(?!\{[A-Za-z_]\w*\}|[A-Za-z_])", r"\\\g<0>", line(value), flags=re.ASCII)
-    return Raw(f'"{special}"' if "$" in special else quote(value))
+    text = re.sub(r"^~(?=/|$)", "$HOME", line(value))
+    special = re.sub(r"[\\\"`]|\$(?!\{[A-Za-z_]\w*\}|[A-Za-z_])", r"\\\g<0>", text, flags=re.ASCII)
+    return Raw(f'"{special}"' if "$" in special else quote(text))
 
 
 def directive(value: object) -> Raw:

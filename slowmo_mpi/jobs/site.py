@@ -90,8 +90,15 @@ def names() -> list[str]:
 
 
 def usual() -> str:
-    """The profile for whoever names none: by the scheduler whose command is here."""
-    return "slurm" if shutil.which("sbatch") else "pbs" if shutil.which("qsub") else "laptop"
+    """The profile for whoever names none: by the scheduler whose command is here. Raises: UsageError."""
+    if shutil.which("sbatch"):
+        return "slurm"
+    if shutil.which("qsub"):
+        raise UsageError(
+            "There is a qsub here; whether it is PBS or Torque, and what its nodes are like, only a profile can say.",
+            "Type --site pbs or --site torque, or give a file of yours; set SLOWMO_SITE to keep it.",
+        )
+    return "laptop"
 
 
 def load(spec: str) -> Site:

@@ -146,7 +146,7 @@ def _answer(line: str) -> Answer:
 
 def _pbs(number: str, finished: bool) -> list[Answer]:
     text = _run_tool(["qstat", *(["-x"] if finished else []), "-f", number])
-    values = dict(re.findall(r"^\s+([\w.]+) = (.*)$", text, re.MULTILINE))
+    values: dict[str, str] = dict(re.findall(r"^\s+([\w.]+) = (.*)$", text, re.MULTILINE))
     state = values.get("job_state", "")
     if not state:
         return []

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from ..errors import SlowmoError
-from .script import Job
+from .script import CONFIG, Job
 
-SCRIPT, CONFIG, LOG = "job.sh", "config.toml", "job.jsonl"
+SCRIPT, LOG = "job.sh", "job.jsonl"  # in the job's folder
 SUBMIT_TIMEOUT_S = 60.0  # schedulers under load take their time
 
 
