@@ -37,7 +37,7 @@ STOREYS = [
     ["trace"],
     ["errors", "__init__"],
 ]
-HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"checkpoint/hdf5.py", "doctor.py"}}
+HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor/wire.py"}, "h5py": {"checkpoint/hdf5.py", "doctor/storage.py"}}
 
 
 def storey(module: str) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
 import signal
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -143,11 +145,13 @@ def load_mpi(start: bool = True) -> Any:
     os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "1")
     # Another MPI's launcher is told by us, once, with what to type.
     warnings.filterwarnings("ignore", "suspicious MPI execution environment")
+    claim = launched()
+    waits = start and claim is not None and claim.size != 1 and "mpi4py.MPI" not in sys.modules
     try:
         import mpi4py
 
         mpi4py.rc.initialize = start  # no effect once it is imported
-        with _watched() if start else contextlib.nullcontext():
+        with _watched_start(claim) if claim is not None and waits else contextlib.nullcontext():
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise SlowmoError(
@@ -158,42 +162,73 @@ def load_mpi(start: bool = True) -> Any:
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[None]:
-    """Have a child process tell of an MPI_Init that does not return, and in the end kill this one.
+def _watched_start(claim: Launch) -> Iterator[None]:
+    told = _waits(claim, WAITING_S) if claim.rank < 2 else ""  # one speaks for all; rank 1, as 0 may be missing
+    with Watchdog() as watchdog:
+        watchdog.watch((WAITING_S, told, False), (LOST_S, _waits(claim, LOST_S, " It is ended."), True))
+        yield
 
-    mpi4py holds Python's lock in MPI_Init, so no thread of ours runs there, and no signal handler. The child waits on
-    a pipe that closes when MPI_Init returns, and also when this process dies.
+
+Stage = tuple[float, str, bool]
+"""After so many seconds to say this, and whether to end the process then."""
+
+
+class Watchdog:
+    """A child process that speaks, and ends this one, where a call does not return.
+
+    MPI_Init and HDF5 hold Python's lock, so no thread of ours and no signal handler runs in them. The child waits on a
+    pipe, which closes when this process dies. To be made before MPI starts: afterwards some networks forbid a fork.
     """
-    claim = launched()
-    if claim is None or claim.size == 1:
-        yield
-        return
-    watched = os.getpid()
-    reading, writing = os.pipe()
-    child = os.fork()  # before MPI starts: afterwards some networks forbid it
-    if child == 0:
-        try:
-            os.close(writing)
-            _watch(reading, watched, claim)
-        finally:
-            os._exit(0)
-    os.close(reading)
-    try:
-        yield
-    finally:
-        os.close(writing)
+
+    def __init__(self) -> None:
+        watched = os.getpid()
+        reading, self._writing = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                os.close(self._writing)
+                _guard(reading, watched)
+            finally:
+                os._exit(0)
+        os.close(reading)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watch()
+        os.close(self._writing)
         with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored the system has buried it
-            os.waitpid(child, 0)
+            os.waitpid(self._child, 0)
+
+    def watch(self, *stages: Stage, last_words: str = "") -> None:
+        """From now on, in place of what was watched for; nothing: be quiet.
+
+        last_words: said if this process dies meanwhile, as where MPI makes an end of it.
+        """
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            os.write(self._writing, json.dumps((stages, last_words)).encode() + b"\n")
 
 
-def _watch(pipe: int, watched: int, claim: Launch) -> None:
-    if select.select([pipe], [], [], WAITING_S)[0]:
-        return
-    if claim.rank < 2:  # one speaks for all; two, since it may be rank 0 that is missing
-        _tell(f"{_waits(claim, WAITING_S)}.", MISSING)
-    if not select.select([pipe], [], [], LOST_S - WAITING_S)[0]:
-        _tell(f"{_waits(claim, LOST_S)}, and is ended.", MISSING)
-        os.kill(watched, signal.SIGKILL)
+def _guard(pipe: int, watched: int) -> None:
+    stages: list[Stage] = []
+    since, text, last_words = time.monotonic(), b"", ""
+    while True:
+        left = max(0.0, since + stages[0][0] - time.monotonic()) if stages else None
+        if select.select([pipe], [], [], left)[0]:
+            chunk = os.read(pipe, 65_536)
+            if not chunk:
+                os.write(2, last_words.encode())
+                return
+            *lines, text = (text + chunk).split(b"\n")
+            if lines:
+                (stages, last_words), since = json.loads(lines[-1]), time.monotonic()
+        else:
+            _, say, end = stages.pop(0)
+            os.write(2, say.encode())
+            if end:
+                last_words = ""
+                os.kill(watched, signal.SIGKILL)
 
 
 MISSING = (
@@ -202,18 +237,14 @@ MISSING = (
 )
 
 
-def _waits(claim: Launch, seconds: float) -> str:
-    of = f" of {claim.size}" if claim.size else ""
+def _waits(claim: Launch, seconds: float, end: str = "") -> str:
+    rank = f"Rank {claim.rank} of {claim.size}" if claim.size else f"Rank {claim.rank}"
     telling = {name for names in LAUNCHERS for name in (names.size, names.rank)} | {"PMIX_RANK"}
     seen = sorted(telling & set(os.environ))
     return (
-        f"Rank {claim.rank}{of} on {socket.gethostname()} has waited {seconds:.0f} s for the others in MPI_Init "
-        f"(started by {claim.launcher}, which set {', '.join(seen)})"
+        f"slowmo: {rank} on {socket.gethostname()} has waited {seconds:.0f} s for the others in MPI_Init (started by "
+        f"{claim.launcher}, which set {', '.join(seen)}).{end}\n        {MISSING}\n"
     )
-
-
-def _tell(message: str, hint: str) -> None:
-    os.write(2, f"slowmo: {message}\n        {hint}\n".encode())
 
 
 def fail_together(code: int, speak: Callable[[], None]) -> None:

@@ -134,7 +134,7 @@ def fold(names: Iterable[str]) -> str:
     alone: dict[tuple[str, int, str], str] = {}
     for name in names:
         found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
-        width = len(found[2]) if found and found[2].startswith("0") else 0
+        width = len(found[2]) if found and found[2].startswith("0") and len(found[2]) > 1 else 0
         key = (found[1], width, found[3]) if found else (name, 0, "")
         groups.setdefault(key, []).extend([int(found[2])] if found else [])
         alone.setdefault(key, name)
