@@ -14,7 +14,7 @@ class PySlowmoMpi(PythonPackage):
 
     # The source is the checkout that this file is in: what is committed on its branch main, or, after
     # `spack develop --path CHECKOUT py-slowmo-mpi@0.1.0` in an environment, its files as they are.
-    git = Path(__file__).resolve().parents[6].as_uri()
+    git = Path(__file__).resolve().parents[7].as_uri()
     version("0.1.0", branch="main")
 
     variant("digits", default=True, description="The task `digits` (scikit-learn ships the images)")
