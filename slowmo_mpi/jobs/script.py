@@ -184,10 +184,9 @@ def check(job: Job) -> None:
             "Without a scheduler there is one machine, and one job at a time.",
             "Leave out --nodes, --array and --chain, or name a --site.",
         )
-    if site.image and set(",:") & set(job.workdir + job.folder):
-        raise UsageError(
-            f"Apptainer takes no folder with , or : in its name ({job.workdir}, {job.folder}).", "Rename it."
-        )
+    for path in (job.workdir, job.folder, job.config) if site.image else ():
+        if set(",:") & set(path):
+            raise UsageError(f"Apptainer cannot show {path} to the container: it has a , or a :.", "Rename it.")
     if job.chain > 1 and job.tasks:
         raise UsageError(
             "--chain and --array exclude each other.", "Each task of an array goes on by itself; leave out --chain."
@@ -207,8 +206,10 @@ def render(job: Job, template: str | None = None) -> str:
     folders = [own_folder() / "templates", *([Path(template).resolve().parent] if template else [])]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([str(f) for f in reversed(folders)]), undefined=jinja2.StrictUndefined,
-        finalize=shell.quote, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+        finalize=shell.quote, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=True,
     )  # fmt: skip
+    for name in ("e", "escape", "forceescape", "safe", "tojson", "urlize", "xmlattr"):  # they would go unquoted
+        del environment.filters[name]
     filters = (shell.words, shell.expand, shell.directive, shell.line, clock)
     environment.filters |= {f.__name__: f for f in filters}
     name = Path(template).name if template else f"{job.site.scheduler.replace('none', 'local')}.sh.j2"
@@ -222,6 +223,8 @@ def render(job: Job, template: str | None = None) -> str:
             f"A template may use: {', '.join(known)}.",
         ) from None
     except jinja2.TemplateNotFound as error:
-        raise UsageError(f"There is no template {error}.", "Give a file, or extend one of ours: slurm.sh.j2.") from None
+        raise UsageError(
+            f"There is no template {error.name}.", "Give a file, or extend one of ours: slurm.sh.j2."
+        ) from None
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"Template {error.name}, line {error.lineno}: {error.message}.", "Mend it there.") from None

@@ -5,22 +5,26 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 from ..errors import UsageError
 
 
 class Raw(str):
-    """Text that goes into a script as it is."""
+    """Text that goes into a script as it is; Jinja knows it by its __html__, as it knows what a template has made."""
+
+    def __html__(self) -> str:
+        return self
 
 
-def quote(value: object) -> Raw:
+def quote(value: Any) -> Raw:
     """One word of bash with this value, on one line, so that it can stand in a comment too.
 
     Raises: UsageError for a NUL, which no word can hold.
     """
+    if hasattr(value, "__html__"):
+        return Raw(value)
     text = str(value)
-    if isinstance(value, Raw):
-        return value
     if "\0" in text:
         raise UsageError(f"{text!r} holds a NUL, which no shell can pass on.", "Choose another name.")
     if all(c.isprintable() for c in text):

@@ -35,9 +35,9 @@ class Status:
     folder: str
     job: str = ""
     state: str = ""
-    reason: str = ""
     elapsed: str = ""
     limit: str = ""
+    reason: str = ""
     waiting: int = 0
     attempts: int = 0
     outcome: str = ""
