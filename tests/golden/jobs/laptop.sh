@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains digits on 2 ranks: 1 nodes, 2 on each. Site: laptop.
+# Trains digits. Nodes: 1, ranks on each: 2. Site profile: laptop.
 # Written by: slowmo job my.toml --site laptop
 # Run it with: bash JOB.sh (kill -USR1 its process, and it stops with a checkpoint and goes on by itself; TERM ends it)
 # This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.

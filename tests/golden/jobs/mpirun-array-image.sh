@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains digits on 4 ranks: 1 nodes, 4 on each. Site: infiniband-slurm.
+# Trains digits. Nodes: 1, ranks on each: 4. Site profile: infiniband-slurm.
 # Written by: slowmo job my.toml --site infiniband-slurm
 # Submit it with: sbatch JOB.sh
 # This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.
@@ -168,5 +168,5 @@ if [[ ! $again ]]; then
 fi
 rm -f "$folder/running"
 # The same job, from the top of this script; Slurm lets two minutes or so go by before it starts it.
-scontrol requeue "$job" || say "scontrol could not requeue the job; type: sbatch $folder/job.sh"
+scontrol requeue "$job" || say "the job was not requeued; type: cd ${folder@Q} && sbatch --array=$task job.sh"
 exit "$rc"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains digits on 8 ranks: 2 nodes, 4 on each. Site: pbs.
+# Trains digits. Nodes: 2, ranks on each: 4. Site profile: pbs.
 # Written by: slowmo job my.toml --site pbs
 # Submit it with: qsub -J 1-4 JOB.sh
 # This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.
@@ -22,7 +22,7 @@ folder=/home/me/runs/digits-job-20261123-101500 # of this job: its attempts, wha
 config=/home/me/my.toml
 job=$PBS_JOBID
 task=${SLOWMO_TASK:-${PBS_ARRAY_INDEX:-}}
-alive() { qstat "$1" >/dev/null 2>&1; }
+alive() { [[ $(qstat -f "$1" 2>/dev/null) =~ job_state\ =\ [RE] ]]; }
 say() { printf 'job %s: %s\n' "$job" "$*" >&2; }
 
 settings=()
@@ -160,6 +160,7 @@ if [[ ! $again ]]; then
 fi
 rm -f "$folder/running"
 # qrerun is for operators, so the job submits its successor; where nodes may not, take --chain.
+successor=(qsub -v "SLOWMO_TASK=$task" job.sh)
 cd "$folder"
-qsub -v "SLOWMO_TASK=$task" job.sh || say "qsub failed; type: cd $folder && qsub job.sh"
+"${successor[@]}" || say "qsub failed; type: cd ${folder@Q} && ${successor[*]}"
 exit "$rc"

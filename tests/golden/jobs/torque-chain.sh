@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains digits on 4 ranks: 1 nodes, 4 on each. Site: torque.
+# Trains digits. Nodes: 1, ranks on each: 4. Site profile: torque.
 # Written by: slowmo job my.toml --site torque
 # Submit it 3 times, each after the one before: qsub JOB.sh; qsub -W depend=afterany:ID JOB.sh
 # This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.
@@ -20,7 +20,7 @@ workdir=/home/me # where slowmo job was called: relative paths of the configurat
 folder=/home/me/runs/digits-job-20261123-101500 # of this job: its attempts, what doctor found, the run folder
 config=/home/me/my.toml
 job=$PBS_JOBID
-alive() { qstat "$1" >/dev/null 2>&1; }
+alive() { [[ $(qstat -f "$1" 2>/dev/null) =~ job_state\ =\ [RE] ]]; }
 say() { printf 'job %s: %s\n' "$job" "$*" >&2; }
 
 settings=()
