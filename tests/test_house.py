@@ -34,10 +34,13 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["trace"],
+    ["start", "trace"],
     ["errors", "__init__"],
 ]
-HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor/wire.py"}, "h5py": {"checkpoint/hdf5.py", "doctor/storage.py"}}
+HEAVY = {
+    "mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor/wire.py"},
+    "h5py": {"checkpoint/hdf5.py", "doctor/storage.py"},
+}
 
 
 def storey(module: str) -> int:

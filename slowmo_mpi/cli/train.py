@@ -137,6 +137,8 @@ class Job:
         from ..train import train
 
         if self.start is not None:
+            with contextlib.suppress(ImportError):
+                import torch._dynamo  # noqa: F401  an optimizer does it when it is made: as many files again as torch
             self.start.mark("imports")
         place, checkpoint = Path(self.resume) if self.resume else None, None
         if self.resume == AUTO:
