@@ -67,7 +67,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,defer_batch=0
 ReturnToService=2
 SlurmdTimeout={node_timeout_s}
-KillWait=5
+KillWait=20
 OverTimeLimit=1
 SlurmdParameters=config_overrides
 TmpFS={folder}/tmp-%n
@@ -174,7 +174,7 @@ class Cluster:
         return self.job(job)
 
     def kill(self, node: str) -> None:
-        """SIGKILL to all of the node's processes: slurmd, the job's steps, the ranks. Their peers see connections close.
+        """SIGKILL to all of the node's processes: slurmd, the jobs' steps, the ranks; peers see connections close.
 
         Not for the login node, where slurmctld runs.
         """
@@ -184,6 +184,15 @@ class Cluster:
             except ProcessLookupError:
                 continue
         self._daemons.pop(node).wait()
+
+    def kill_ranks(self, node: str, job: str) -> None:
+        """SIGKILL to what the job's steps run on this node; Slurm itself stays."""
+        for pid in self._processes(node):
+            try:
+                if f"SLURM_JOB_ID={job}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:  # it has ended meanwhile
+                continue
 
     def power_off(self, node: str) -> None:
         """The same with the link cut first: nobody hears of it, as when a node loses its power."""
