@@ -15,9 +15,11 @@ from .say import config_argument, note
 class _Job(click.Group):
     """`slowmo job CONFIG` is short for `slowmo job script CONFIG`."""
 
+    default = "script"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "-h", "--help"):
-            args = ["script", *args]
+            args = [self.default, *args]
         ctx.obj = tuple(args[1:])  # for the script, which says how it was written
         return super().parse_args(ctx, args)
 
