@@ -61,12 +61,12 @@ for reply in replies:
             json.dump(replies, open(place + "/replies.json", "w"))
         break
 else:
-    sys.exit(0)
+    reply = dict(step=40) if "train" in words else dict()
 if "step" in reply:  # a checkpoint of this step, in the run folder that the words name
     folder = next(w for w in words if w.startswith("run.folder="))[11:] + "/trial-1/checkpoints"
     os.makedirs(folder, exist_ok=True)
     open(folder + "/step-%08d.h5" % reply["step"], "w").close()
-    result = "done" if reply.get("rc", 0) == 0 else "stopped"
+    result = "done" if reply["step"] == 40 else "stopped"
     json.dump({{"lives": [{{"result": "done"}}], "result": result}}, open(folder + "/../manifest.json", "w"), indent=2)
 if "until" in reply:  # a signal
     import signal
@@ -435,15 +435,15 @@ def test_three_attempts_in_a_row_without_progress_are_enough(stubs: Stubs) -> No
 
 
 @pytest.mark.parametrize("code, came_further, requeued", [
-    (1, True, True), (1, False, False), (137, True, True), (143, False, False), (2, True, False), (130, True, False),
+    (0, True, True), (0, False, False), (1, True, True), (1, False, False), (137, True, True), (143, False, False), (2, True, False), (130, True, False),
 ])  # fmt: skip
 def test_a_failure_is_tried_again_only_after_progress(
     stubs: Stubs, code: int, came_further: bool, requeued: bool
 ) -> None:
-    """A lost node can end so, and an error that comes back at the same step ends the job then."""
+    """A lost node can end so (with Open MPI's mpirun even as 0); an error that comes back at its step ends the job."""
     job = make(profile(stubs))
     stubs.replies({"name": "train", "rc": code, **({"step": 10} if came_further else {})})
-    assert stubs.run(script.render(job)).returncode == code
+    assert stubs.run(script.render(job)).returncode == (code or FAILED)
     assert len(stubs.calls("scontrol")) == requeued
 
 

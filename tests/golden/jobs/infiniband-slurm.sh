@@ -69,7 +69,9 @@ newest() { # the step of the newest checkpoint, 0 where there is none
 count() { grep -c "$1" "$log" || true; }
 record() { printf '{"attempt": %d, "job": "%s", %s, "time": "%s"}\n' "$attempt" "$job" "$1" "$(date +%FT%T%z)" >>"$log"; }
 
-if grep -qs '^  "result": "done"' "$folder"/*/manifest.json; then
+finished() { grep -qs '^  "result": "done"' "$folder"/*/manifest.json; }
+
+if finished; then
   say "the run in $folder is done already"
   exit 0
 fi
@@ -120,6 +122,7 @@ fi
 if [[ $warned ]] || ((rc == 138)); then rc=75; fi # the warning came while doctor was at work (138: SIGUSR1 killed it)
 if ((rc == 0)); then
   run "${launch[@]}" "${slowmo[@]}" train "$config" "${settings[@]}" --resume auto || rc=$?
+  if ((rc == 0)) && ! finished; then rc=1; fi # some launchers end with 0 when they have lost a node
 fi
 
 # ---- Again? -----------------------------------------------------------------------------------------------------------

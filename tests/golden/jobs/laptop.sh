@@ -46,7 +46,9 @@ newest() { # the step of the newest checkpoint, 0 where there is none
 count() { grep -c "$1" "$log" || true; }
 record() { printf '{"attempt": %d, "job": "%s", %s, "time": "%s"}\n' "$attempt" "$job" "$1" "$(date +%FT%T%z)" >>"$log"; }
 
-if grep -qs '^  "result": "done"' "$folder"/*/manifest.json; then
+finished() { grep -qs '^  "result": "done"' "$folder"/*/manifest.json; }
+
+if finished; then
   say "the run in $folder is done already"
   exit 0
 fi
@@ -100,6 +102,7 @@ if ((rc == 0)); then
   left=$((3600 - 120 - SECONDS))
   settings+=(--set "run.stop_after=$((left > 1 ? left : 1))s")
   run "${launch[@]}" "${slowmo[@]}" train -n 2 "$config" "${settings[@]}" --resume auto || rc=$?
+  if ((rc == 0)) && ! finished; then rc=1; fi # some launchers end with 0 when they have lost a node
 fi
 
 # ---- Again? -----------------------------------------------------------------------------------------------------------
