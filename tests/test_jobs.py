@@ -435,7 +435,8 @@ def test_three_attempts_in_a_row_without_progress_are_enough(stubs: Stubs) -> No
 
 
 @pytest.mark.parametrize("code, came_further, requeued", [
-    (0, True, True), (0, False, False), (1, True, True), (1, False, False), (137, True, True), (143, False, False), (2, True, False), (130, True, False),
+    (0, True, True), (0, False, False), (1, True, True), (1, False, False), (137, True, True), (143, False, False),
+    (2, True, False), (130, True, False),
 ])  # fmt: skip
 def test_a_failure_is_tried_again_only_after_progress(
     stubs: Stubs, code: int, came_further: bool, requeued: bool
