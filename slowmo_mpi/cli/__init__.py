@@ -5,6 +5,7 @@ No module here imports torch, mpi4py or h5py before a command runs, so that ever
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from functools import partial
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     What goes wrong here usually goes wrong in every rank that a launcher has started; one of them tells it.
     """
-    from ..comm.launcher import fail_together
+    from ..comm.launcher import fail_together, launched
 
     try:
         code = slowmo.main(arguments, prog_name="slowmo", standalone_mode=False)
@@ -71,4 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:  # a mistake of ours: its traceback, but of one rank
         code = FAILED
         fail_together(code, traceback.print_exc)
-    sys.exit(code if isinstance(code, int) else DONE)
+    code = code if isinstance(code, int) else DONE
+    if code != DONE and launched() is not None:  # srun ends the others, who are leaving too: with codes of their own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
