@@ -80,10 +80,10 @@ PreemptMode=REQUEUE
 
 
 class Cluster:
-    """Slurm on so many hosts at `nodes`, from `with` to its end."""
+    """Slurm on so many hosts, `nodes`, with links of this rate, from `with` to its end."""
 
-    def __init__(self, nodes: int = 4):
-        self.lab = Lab(nodes, rate="none")
+    def __init__(self, nodes: int = 4, rate: str = "none"):
+        self.lab = Lab(nodes, rate)
         self.nodes = [f"h{k}" for k in range(1, nodes + 1)]
         self.folder = self.lab.folder / "slurm"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
