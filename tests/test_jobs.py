@@ -30,7 +30,7 @@ from slowmo_mpi.jobs.status import status
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "jobs"
-LIMIT_S = 120
+LIMIT_S = 300  # reached only by a hang: two tests start real ranks, on a machine that may be busy
 CONFIG = """
 [run]
 name = "trial"
@@ -470,7 +470,7 @@ def test_signals_reach_the_ranks(stubs: Stubs, number: int, requeued: bool) -> N
     assert ("submitted again, it goes on" in told) != requeued
 
 
-def wait_for(condition: Callable[[], Any], limit_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], Any], limit_s: float = 200.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"
