@@ -24,7 +24,7 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "bench", "doctor", "presets", "picture"],
+    ["train", "plan", "bench", "doctor", "jobs", "presets", "picture"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
     ["worker"],
     ["bases", "buckets", "restart", "saved", "team"],
@@ -35,10 +35,13 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["trace"],
+    ["start", "trace"],
     ["errors", "__init__"],
 ]
-HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"checkpoint/hdf5.py", "doctor.py"}}
+HEAVY = {
+    "mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor/wire.py"},
+    "h5py": {"checkpoint/hdf5.py", "doctor/storage.py"},
+}
 
 
 def storey(module: str) -> int:

@@ -5,6 +5,7 @@ No module here imports torch, mpi4py or h5py before a command runs, so that ever
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from functools import partial
@@ -17,6 +18,7 @@ from .bench import bench
 from .checkpoint import checkpoint
 from .doctor import doctor
 from .init import init
+from .job import job
 from .plan import plan
 from .say import say
 from .topology import topology
@@ -39,7 +41,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, topology, checkpoint, bench, doctor):
+for command in (init, train, plan, job, topology, checkpoint, bench, doctor):
     slowmo.add_command(command)
 
 
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     What goes wrong here usually goes wrong in every rank that a launcher has started; one of them tells it.
     """
-    from ..comm.launcher import fail_together
+    from ..comm.launcher import fail_together, launched
 
     try:
         code = slowmo.main(arguments, prog_name="slowmo", standalone_mode=False)
@@ -70,4 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:  # a mistake of ours: its traceback, but of one rank
         code = FAILED
         fail_together(code, traceback.print_exc)
-    sys.exit(code if isinstance(code, int) else DONE)
+    code = code if isinstance(code, int) else DONE
+    if code != DONE and launched() is not None:  # srun ends the others, who are leaving too: with codes of their own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
