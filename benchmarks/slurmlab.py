@@ -38,7 +38,8 @@ from slowmo_mpi.launch import end_with_parent
 
 SLOTS = 8  # of a node; more than the machine has cores, since several stories run at once
 CREDENTIAL_S = 5
-NODE_TIMEOUT_S = 8
+NODE_TIMEOUT_S = 20  # shorter, and a busy machine passes for a dead node
+DAEMON_NICE = -10  # the ranks of several jobs fill the cores, and the daemons have to answer
 START_S = 30  # for the daemons
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -60,6 +61,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
+PropagatePrioProcess=1
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -117,9 +119,8 @@ class Cluster:
             nodes="\n".join(f"NodeName={n} NodeHostname={n} NodeAddr={a} CPUs={SLOTS} State=UNKNOWN" for n, a in where),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\n"
-        )  # unused; a lab's host has no /sys/fs/cgroup
+        # Unused; a lab's host has no /sys/fs/cgroup.
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         words = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
         self._start("munged", 0, ["munged", "--foreground", *words])
@@ -211,10 +212,14 @@ class Cluster:
         return "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
 
     def _start(self, name: str, node: int, words: list[str]) -> None:
+        def first() -> None:
+            end_with_parent(signal.SIGKILL)
+            os.nice(DAEMON_NICE)
+
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
                 self.lab.on(node, words), env=self.environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                process_group=0, preexec_fn=lambda: end_with_parent(signal.SIGKILL),
+                process_group=0, preexec_fn=first,
             )  # fmt: skip
 
     def _processes(self, node: str) -> list[int]:

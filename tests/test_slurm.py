@@ -5,7 +5,6 @@ machine's speed: a run dawdles in its first lives, so that what is done to it al
 the last. One cluster for all, in which three long stories go on beside the others: h1 and h2 are never lost, h4 is, h5
 takes its place, and h6 is given away and back.
 
-
 Links are slow enough that it is not the machine's load which limits them: `slowmo doctor` looks at them.
 """
 
