@@ -15,8 +15,9 @@ Slurm's clocks are made to tick faster than a site's:
 - A requeued job waits as long as a job step's credential lives: AuthInfo's cred_expire, 120 s unless the site says
   otherwise (squeue: BeginTime). Here CREDENTIAL_S.
 - A node that does not answer is down after SlurmdTimeout, 300 s on most sites. Here NODE_TIMEOUT_S.
-- What cannot be changed: limits are in minutes, and slurmctld looks at them every 30 s. So --signal's warning comes 30
-  to 60 s before the time that was asked for.
+- What cannot be changed: limits are in minutes, and slurmctld looks at them every 30 s. So --signal's warning comes up
+  to a minute early. A job that does not heed it is given ten minutes more (OverTimeLimit): on a busy machine the start
+  alone may take a minute.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,defer_bat
 ReturnToService=2
 SlurmdTimeout={node_timeout_s}
 KillWait=20
-OverTimeLimit=1
+OverTimeLimit=10
+MinJobAge=86400
 SlurmdParameters=config_overrides
 TmpFS={folder}/tmp-%n
 {nodes}
