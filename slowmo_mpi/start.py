@@ -21,7 +21,7 @@ class Start:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter() - age_s
         if launched := os.environ.get(LAUNCHED):
-            self.seconds["mpirun"] = max(0.0, time.time() - age_s - float(launched))
+            self.seconds["launcher"] = max(0.0, time.time() - age_s - float(launched))
 
     def mark(self, phase: str) -> None:
         """The time since the last mark was spent on this."""
@@ -37,10 +37,9 @@ def ranges(everybody: Iterable[Mapping[str, float]]) -> dict[str, Range]:
 
 
 def line(phases: Mapping[str, Range]) -> str:
-    """ "first step done 4.1 s after mpirun: imports 2.0 to 2.4, MPI 0.9, ..." """
-    since = "mpirun" if "mpirun" in phases else "the start"
+    """ "first step done after 4.1 s: launcher 0.1, imports 2.0 to 2.4, MPI 0.9, ..." """
     parts = [f"{name} {_words(*span)}" for name, span in phases.items() if name != "all" and span[1] >= NOTED_S]
-    return f"first step done {phases['all'][1]:.1f} s after {since}: {', '.join(parts)}"
+    return f"first step done after {phases['all'][1]:.1f} s: {', '.join(parts)}"
 
 
 def _words(least: float, most: float) -> str:

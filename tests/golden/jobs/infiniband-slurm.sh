@@ -91,7 +91,7 @@ say "attempt $attempt, from step $from, in $folder"
 # A warning comes as SIGUSR1: the ranks stop together, with a checkpoint, and end with code 75. SIGTERM does the same,
 # but it means that somebody wants the job to end, and so it is not started again.
 child='' interrupted='' warned='' ended=''
-# shellcheck disable=SC2317 # traps call it
+# shellcheck disable=SC2317,SC2329 # traps call it
 hand_on() {
   interrupted=1 warned=1
   if [[ $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi
