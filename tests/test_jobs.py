@@ -1,7 +1,6 @@
 """Jobs: scripts held by golden files and by what they do when they run; no value of anybody's breaks one.
 
-No scheduler is needed: commands of one are played by `STUB`, which writes down how it was called. What real Slurm makes
-of the scripts is tested in test_slurm.py; no PBS server was ever used.
+No scheduler is needed: commands of one are played by `STUB`, which writes down how it was called.
 """
 
 from __future__ import annotations
