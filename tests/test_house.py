@@ -35,7 +35,7 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["start", "trace"],
+    ["shipped", "start", "trace"],
     ["errors", "__init__"],
 ]
 HEAVY = {

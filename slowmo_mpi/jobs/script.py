@@ -14,10 +14,11 @@ from pathlib import Path
 
 import jinja2
 
-from ..config import Config, load, toml_value
+from .. import shipped
+from ..config import Config, load, toml_value, units_s
 from ..errors import UsageError, did_you_mean
 from . import shell
-from .site import Site, own_folder
+from .site import Site
 
 CONFIG = "config.toml"  # in the job's folder
 
@@ -116,12 +117,8 @@ def label(name: str) -> str:
 
 def seconds(text: str, what: str) -> int:
     """A time such as "1h30m", "90m", "1:30:00" or "1-00:00:00" in seconds. Raises: UsageError."""
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text) or re.fullmatch(
-        r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text
-    )
-    total = (
-        sum(int(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
-    )
+    clocked = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    total = units_s("{}d{}h{}m{}s".format(*clocked.groups(default="0")) if clocked else text)
     if not total:
         raise UsageError(f"{what} {text!r} is not a time.", "Type for example 4h, 1d12h or 04:00:00.")
     return total
@@ -203,7 +200,7 @@ def render(job: Job, template: str | None = None) -> str:
 
     Raises: UsageError where the template is wrong, or a value cannot stand where it puts it.
     """
-    folders = [own_folder() / "templates", *([Path(template).resolve().parent] if template else [])]
+    folders = [shipped.folder("jobs") / "templates", *([Path(template).resolve().parent] if template else [])]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([str(f) for f in reversed(folders)]), undefined=jinja2.StrictUndefined,
         finalize=shell.quote, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=True,

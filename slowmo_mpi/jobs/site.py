@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import shipped
 from ..config import toml_value
 from ..errors import UsageError, did_you_mean
 
@@ -78,15 +78,9 @@ class Site:
             raise UsageError("image and venv exclude each other.", "Delete one of them.")
 
 
-def own_folder() -> Path:
-    """jobs/ of a checkout, or share/slowmo-mpi/jobs when installed: templates/ and sites/."""
-    checkout = Path(__file__).resolve().parents[2] / "jobs"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "slowmo-mpi" / "jobs"
-
-
 def names() -> list[str]:
     """The profiles that come with slowmo."""
-    return sorted(path.stem for path in (own_folder() / "sites").glob("*.toml"))
+    return sorted(path.stem for path in (shipped.folder("jobs") / "sites").glob("*.toml"))
 
 
 def usual() -> str:
@@ -103,7 +97,7 @@ def usual() -> str:
 
 def load(spec: str) -> Site:
     """The profile of this name among ours, or in the file `spec`. Raises: UsageError."""
-    path = Path(spec) if spec.endswith(".toml") else own_folder() / "sites" / f"{spec}.toml"
+    path = Path(spec) if spec.endswith(".toml") else shipped.folder("jobs") / "sites" / f"{spec}.toml"
     if not path.is_file():
         raise UsageError(
             f"There is no site profile {spec!r}.{did_you_mean(spec, names())}",
