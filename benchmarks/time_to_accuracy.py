@@ -30,6 +30,7 @@ WAYS: dict[str, Callable[[], tuple[Any, dict[str, Any]]] | None] = {
     "allreduce": lambda: (AllReduce(), {"tau": 0}),
     "local + SlowMo": lambda: (Local(), OUTER),
     "osgp + SlowMo": lambda: (OSGP("exponential"), OUTER),
+    "osgp + SlowMo, bfloat16": lambda: (OSGP("exponential"), OUTER | {"wire": torch.bfloat16}),
 }
 
 
@@ -51,7 +52,7 @@ def main(target: float, width: int, batch: int, lr: float, seeds: int, most_step
                 result = train(comm, way, target, width, batch, lr, seed, most_steps)
                 found[way].append(result)
                 if comm.rank == 0:
-                    print(f"seed {seed}  {way:<16} {result}", flush=True)
+                    print(f"seed {seed}  {way:<24} {result}", flush=True)
     if comm.rank == 0:
         base = statistics.median(r["seconds"] for r in found["ddp"])
         print(json.dumps(found))

@@ -380,12 +380,20 @@ def seconds(text: str) -> float:
     """A wall time such as "5h50m", "90s" or "1d2h" in seconds; "" is infinite. Raises: UsageError."""
     if not text:
         return math.inf
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
-    if found is None:
+    total = units_s(text.replace(" ", ""))
+    if total is None:
         raise UsageError(
             f'run.stop_after = "{text}" is not a time.', "Type for example --set run.stop_after=5h50m (d, h, m, s)."
         )
-    return float(sum(int(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)))
+    return float(total)
+
+
+def units_s(text: str) -> int | None:
+    """A time such as "5h50m" in seconds; None where it is no such time."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if found is None:
+        return None
+    return sum(int(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
 
 
 def changed(before: Config, now: Config) -> list[str]:

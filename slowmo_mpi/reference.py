@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from . import config, tasks
+from .jobs.site import Site
 from .presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,18 @@ def commands() -> str:
         context = click.Context(command, info_name=" ".join(path), max_content_width=100, terminal_width=100)
         context.help_option_names = ["-h", "--help"]
         parts += [f"## {' '.join(path)}", "", "```text", command.get_help(context).rstrip(), "```", ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, *profiles()])
+
+
+def profiles() -> list[str]:
+    """Every key of a site profile as a Markdown table."""
+    parts = ["## Site profiles", "", "The keys of a file for `slowmo job --site`; each may be left out.", ""]
+    parts += ["| key | default | meaning |", "|---|---|---|"]
+    for k in dataclasses.fields(Site):
+        if k.init:
+            default = {} if k.name == "environment" else [] if k.default is dataclasses.MISSING else k.default
+            parts.append(f"| `{k.name}` | `{config.toml_value(default)}` | {_cell(config.describe(k))} |")
+    return [*parts, ""]
 
 
 def walk(command: click.Command, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,8 @@ AUTO = "auto"
 def unfinished(config: Config) -> Path | None:
     """The newest run folder of this name that has a checkpoint and did not come to its end, or None."""
     parent = Path(config.run.folder)
-    for folder in sorted(parent.glob(f"{config.run.name}-*"), key=lambda f: f.stat().st_mtime, reverse=True):
+    named = parent.glob(f"{glob.escape(config.run.name)}-*")
+    for folder in sorted(named, key=lambda f: f.stat().st_mtime, reverse=True):
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

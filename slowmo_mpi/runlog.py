@@ -67,10 +67,14 @@ class RunLog:
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
+    def note(self, **facts: Any) -> None:
+        """Add to the manifest."""
+        self._manifest |= facts
+        self._write_manifest()
+
     def close(self, **outcome: Any) -> None:
         """Add how it ended to the manifest."""
-        self._manifest |= {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **outcome}
-        self._write_manifest()
+        self.note(ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **outcome)
         self._metrics.close()
         if self._board is not None:
             self._board.close()

@@ -26,6 +26,7 @@ class Wish:
     def __init__(self, after_s: float = math.inf):
         self._signal = ""
         self._end = time.monotonic() + after_s
+        self._deaf = False
 
     @property
     def reason(self) -> str:
@@ -44,7 +45,15 @@ class Wish:
             yield
         finally:
             for s, handler in before.items():
-                signal.signal(s, handler)
+                signal.signal(s, signal.SIG_IGN if self._deaf else handler)
+
+    def ignore(self) -> None:
+        """Once a stop is done: to this process's end no signal counts.
+
+        Some launchers (srun --kill-on-bad-exit) end all ranks when the first has left with code 75, and a rank that is
+        killed on its way out would turn that code into a failure's.
+        """
+        self._deaf = True
 
 
 class Vote:
@@ -56,7 +65,7 @@ class Vote:
 
     def __init__(self, comm: Endpoint, wish: Wish, step: int):
         self._comm, self._wish = comm, wish
-        self._step, self._time = step - 1, time.perf_counter()
+        self._step, self._time = step - 1, -math.inf  # the pace is not known yet: the next vote is after one step
         self._cast(step, 1)
 
     def _cast(self, step: int, interval: int) -> None:

@@ -5,7 +5,6 @@ both are tested against. The formulas are in `families`, graphs that are no form
 """
 
 import math
-import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slowmo_mpi import shipped
 from slowmo_mpi.errors import UsageError, did_you_mean
 from slowmo_mpi.families import FAMILIES, build
 
@@ -347,21 +347,16 @@ def for_algorithm(algorithm: str, spec: str, ranks: int) -> Topology | None:
     return graph
 
 
-def own_folder() -> Path:
-    """The project's own graphs: topologies/ of a checkout, or share/slowmo-mpi/topologies when installed."""
-    checkout = Path(__file__).resolve().parent.parent / "topologies"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "slowmo-mpi" / "topologies"
-
-
 def files() -> list[Path]:
     """The project's own graph files, sorted."""
-    return sorted(own_folder().glob("*.toml"))
+    return sorted(shipped.folder("topologies").glob("*.toml"))
 
 
 def _find(spec: str, folder: Path | None) -> Path:
     path = Path(spec)
     # "topologies/star.toml" and "star.toml" both mean the project's file, wherever one stands.
-    places = [path, *([folder / path] if folder else []), own_folder().parent / path, own_folder() / path]
+    own = shipped.folder("topologies")
+    places = [path, *([folder / path] if folder else []), own.parent / path, own / path]
     for place in places:
         if place.is_file():
             return place

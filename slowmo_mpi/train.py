@@ -25,6 +25,7 @@ from .flat import wire_type
 from .inner import InnerStep, prepare, progress, to_device
 from .resume import changes
 from .runlog import RunLog, manifest
+from .start import Start, line, ranges
 from .stopping import Vote, Wish
 from .tasks.sampler import Shards
 from .team import ranks_of_a_node
@@ -49,6 +50,9 @@ class Show(Protocol):
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, as it is written."""
@@ -96,22 +100,27 @@ def train(
     resume: Checkpoint | None = None,
     wish: Wish | None = None,
     trace: bool = False,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says, on all ranks together; the last evaluation, as in metrics.jsonl.
 
     folder: the run folder; rank 0 writes manifest.json, config.toml, metrics.jsonl, checkpoints and, at the end,
     model.pt: the averaged, de-biased model as a plain `state_dict`. Seeds torch's global generator.
     resume: go on from there. wish: asked whether to stop early; the result then has "stopped", the reason.
-    trace: each rank writes trace/rank-N.json, its time line, for Perfetto.
+    trace: each rank writes trace/rank-N.json, its time line, for Perfetto. start: the phases of the start so far;
+    told after the first step, and kept in the manifest.
     Raises: SlowmoError, among others when the loss is no longer a number.
     """
     run = config.run
+    mark = start.mark if start is not None else lambda phase: None
+    mark("run folder")
     threads = set_threads(run.threads, comm)
     torch.manual_seed(run.seed)  # the same initial weights everywhere
     context = tasks.Context(comm.rank, comm.size, run.seed, config.task.data)
     task = tasks.build(config.task.name, config.task.options, context)
     tasks.check_data(config.task.name, task)
     model = prepare(task.model, config.compute, comm.device)
+    mark("data and model")
     torch.manual_seed(run.seed * 1_000_003 + comm.rank + 1)  # dropout and the like differ by rank
 
     rates = optim.scaled(config.optimizer, config.task.batch_size * comm.size)
@@ -131,8 +140,8 @@ def train(
     extra = _go_on(inner, config, resume) if resume else {}
     checkpoints.gave_up_later = resume is not None
     first = worker.state.step
-    start = (first, *extra.get("data", (0, 0)))
-    shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed, start)
+    position = (first, *extra.get("data", (0, 0)))
+    shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed, position)
     steps = run.steps or shards.steps(run.epochs)
     epochs = run.epochs or shards.time(steps)
     window, last = _Window(), extra.get("last", {})
@@ -153,6 +162,7 @@ def train(
     if resume:
         resume.close()
 
+    mark("state")
     comm.trace = Trace(comm.rank) if trace else None
     started = time.perf_counter() - extra.get("elapsed_s", 0.0)
     stopped = ""
@@ -177,6 +187,8 @@ def train(
                 show.advance(done)
             records = []
             paused = time.perf_counter()
+            if start is not None and step == first:
+                _tell_start(start, comm, log, show)
             if done % run.log_every == 0 or done == steps:
                 rate = optimizer.param_groups[0]["lr"]
                 records.append({"kind": "train", **_sum_up(window, inner, config, done), "lr": rate})
@@ -321,6 +333,15 @@ def _evaluates(run: Run, shards: Shards, done: int, steps: int) -> bool:
     if done == steps or (run.eval_every and done % run.eval_every == 0):
         return True
     return not run.eval_every and not run.steps and shards.at(done)[0] > shards.at(done - 1)[0]
+
+
+def _tell_start(start: Start, comm: Endpoint, log: RunLog | None, show: Show | None) -> None:
+    start.mark("first step")
+    phases = ranges(comm.gather(start.seconds))
+    if log is not None:
+        log.note(start_s={phase: [round(s, 3) for s in span] for phase, span in phases.items()})
+    if show is not None:
+        show.note(line(phases))
 
 
 def _introduction(config: Config, worker: SlowMo, shards: Shards, total: int, threads: int, folder: Path) -> list[str]:

@@ -82,8 +82,9 @@ def test_examples_in_helps_name_commands_and_options_that_exist(path: tuple[str,
         command: click.Command = group
         words = line.split()
         while isinstance(command, click.Group):
-            assert words[0] in command.commands, f"`slowmo {line}` in `slowmo {' '.join(path)} --help`"
-            command = command.commands[words.pop(0)]
+            name = words.pop(0) if words[0] in command.commands else getattr(command, "default", words[0])
+            assert name in command.commands, f"`slowmo {line}` in `slowmo {' '.join(path)} --help`"
+            command = command.commands[name]
         options = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options, line
 

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "bench", "doctor", "presets", "report"],
+    ["train", "plan", "bench", "doctor", "jobs", "presets", "report"],
     ["evaluation"],
     ["inner"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "picture", "tasks"],
@@ -37,10 +37,13 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["trace"],
+    ["shipped", "start", "trace"],
     ["errors", "__init__"],
 ]
-HEAVY = {"mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor.py"}, "h5py": {"checkpoint/hdf5.py", "doctor.py"}}
+HEAVY = {
+    "mpi4py": {"comm/launcher.py", "comm/mpi.py", "doctor/wire.py"},
+    "h5py": {"checkpoint/hdf5.py", "doctor/storage.py"},
+}
 
 
 def storey(module: str) -> int:

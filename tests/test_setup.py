@@ -1,4 +1,4 @@
-"""bin/ and jobs/ from outside: no network, nothing is installed, no .venv but a made-up one is changed."""
+"""bin/ from outside: no network, nothing is installed, no .venv but a made-up one is changed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = [ROOT / "jobs/fashion-mnist.slurm", ROOT / "jobs/fashion-mnist.pbs"]
-SCRIPTS = [*sorted(p for p in (ROOT / "bin").iterdir() if p.is_file()), ROOT / ".ci/run", *JOBS]
+SCRIPTS = [*sorted(p for p in (ROOT / "bin").iterdir() if p.is_file()), ROOT / ".ci/run"]
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -66,15 +65,6 @@ def choose_mpi(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
 def test_scripts_parse(script: Path) -> None:
     result = run("bash", "-n", script)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("job", JOBS, ids=lambda p: p.suffix)
-def test_job_directives_come_before_the_first_command(job: Path) -> None:
-    lines = job.read_text().splitlines()
-    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    directives = [i for i, line in enumerate(lines) if line.startswith(("#SBATCH", "#PBS"))]
-    assert directives
-    assert max(directives) < first_command
 
 
 # ---- the .venv that these tests run in ----

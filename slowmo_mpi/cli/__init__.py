@@ -5,6 +5,7 @@ No module here imports torch, mpi4py or h5py before a command runs, so that ever
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from functools import partial
@@ -18,6 +19,7 @@ from .checkpoint import checkpoint
 from .data import data
 from .doctor import doctor
 from .init import init
+from .job import job
 from .plan import plan
 from .report import report
 from .say import say
@@ -41,7 +43,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, report, topology, checkpoint, data, bench, doctor):
+for command in (init, train, plan, job, report, topology, checkpoint, data, bench, doctor):
     slowmo.add_command(command)
 
 
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     What goes wrong here usually goes wrong in every rank that a launcher has started; one of them tells it.
     """
-    from ..comm.launcher import fail_together
+    from ..comm.launcher import fail_together, launched
 
     try:
         code = slowmo.main(arguments, prog_name="slowmo", standalone_mode=False)
@@ -72,4 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:  # a mistake of ours: its traceback, but of one rank
         code = FAILED
         fail_together(code, traceback.print_exc)
-    sys.exit(code if isinstance(code, int) else DONE)
+    code = code if isinstance(code, int) else DONE
+    if code != DONE and launched() is not None:  # srun ends the others, who are leaving too: with codes of their own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)

@@ -63,6 +63,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def note(self, text: str) -> None:
+        self._line(text)
+
     def record(self, record: dict[str, Any]) -> None:
         metrics = metrics_of(record)
         if record["kind"] == "eval":

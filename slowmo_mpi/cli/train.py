@@ -22,6 +22,7 @@ from .say import config_argument, note, say
 if TYPE_CHECKING:
     from ..comm import Endpoint
     from ..config import Config
+    from ..start import Start
     from ..stopping import Wish
 
 SPEAKING_S = 5.0  # what the rank that speaks is given before the others end the job
@@ -81,9 +82,9 @@ def train(
     if ranks and simulate:
         raise UsageError("-n and --simulate exclude each other.", "Type one of them.")
     claim = launched()
-    if claim is not None and claim.size > 1 and (ranks or simulate):
+    if claim is not None and claim.size != 1 and (ranks or simulate):
         raise UsageError(
-            f"{claim.launcher} has started {claim.size} of this command already; -n and --simulate would "
+            f"{claim.launcher} has started {claim.size or 'several'} of this command already; -n and --simulate would "
             "multiply them.",
             "Leave out -n, or leave out mpirun.",
         )
@@ -92,7 +93,7 @@ def train(
     from ..topology import for_algorithm
 
     size = ranks or simulate or (claim.size if claim else 1)
-    if per_worker := settings.run.ranks_per_worker():
+    if size and (per_worker := settings.run.ranks_per_worker()):  # aprun does not tell how many there are
         for_algorithm(settings.base.algorithm, settings.base.topology, max(1, size // per_worker))
     if allowed and not resume:
         raise UsageError("--allow-changed says something of --resume, which is missing.", "Add --resume RUN.")
@@ -100,7 +101,9 @@ def train(
         raise UsageError(f"There is no {resume} to go on from.", "Give a run folder, a checkpoint file, or auto.")
     if ranks:
         from ..launch import run
+        from ..start import LAUNCHED
 
+        os.environ[LAUNCHED] = str(time.time())
         flags = [f"--set={o}" for o in overrides] + ["--json"] * as_json + ["--trace"] * trace
         flags += [f"--allow-changed={k}" for k in allowed] + ([f"--resume={resume}"] if resume else [])
         return run(ranks, ["train", *flags, "--", config])
@@ -116,7 +119,7 @@ def train(
 
 @dataclass
 class Job:
-    """What a rank is to do. folder: the run folder, once it is known."""
+    """What a rank is to do. folder: the run folder, once it is known. start: the phases of a real rank's start."""
 
     settings: Config
     wish: Wish
@@ -124,6 +127,7 @@ class Job:
     allowed: tuple[str, ...]
     trace: bool
     folder: Path | None = None
+    start: Start | None = None
 
     def run(self, comm: Endpoint) -> dict[str, Any]:
         """Find what to go on from and the run folder, and train."""
@@ -132,6 +136,10 @@ class Job:
         from ..runlog import make_folder, set_error_aside
         from ..train import train
 
+        if self.start is not None:
+            with contextlib.suppress(ImportError):
+                import torch._dynamo  # noqa: F401  an optimizer does it when it is made: as many files again as torch
+            self.start.mark("imports")
         place, checkpoint = Path(self.resume) if self.resume else None, None
         if self.resume == AUTO:
             place = together(comm, lambda: unfinished(self.settings), only=0)[0]
@@ -145,7 +153,7 @@ class Job:
             folder = together(comm, lambda: make_folder(self.settings), only=0)[0]
         self.folder = folder
         show = Progress() if comm.rank == 0 else None
-        return train(self.settings, comm, folder, show, checkpoint, self.wish, self.trace)
+        return train(self.settings, comm, folder, show, checkpoint, self.wish, self.trace, self.start)
 
 
 def _simulated(job: Job, ranks: int, as_json: bool) -> int:
@@ -169,13 +177,19 @@ def _rank(job: Job, as_json: bool) -> int:
     from ..comm import Communicator
     from ..comm.launcher import launched
     from ..launch import end_with_parent
+    from ..start import Start
 
     if launched() is not None:
         end_with_parent()  # mpirun killed by SIGKILL would leave its ranks training
+    job.start = Start()
+    job.start.mark("imports")
     comm = Communicator(timeout=job.settings.comm.timeout)
+    job.start.mark("MPI")
     try:
         last = job.run(comm)
         code = _finish(job, last, as_json) if comm.rank == 0 else STOPPED_EARLY if "stopped" in last else DONE
+        if code == STOPPED_EARLY and comm.size > 1:
+            job.wish.ignore()
         comm.barrier()  # some launchers end a job as soon as one rank ends with another code than 0
     except BaseException as error:
         code = _failed(error, comm.rank, comm.size, job.folder)

@@ -132,7 +132,7 @@ class Endpoint(ABC):
     device: torch.device
     transport: str  # of this device's tensors: "direct" or "staged" through host memory
     transport_reason: str
-    warnings: list[str]  # about the ranks of this host, on its first rank
+    warnings: list[str]  # about where the ranks are, on rank 0
 
     def __init__(self, timeout: float):
         self.timeout = timeout

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import SlowmoError, UsageError
 from .core import Endpoint, Gathering
-from .launcher import launched, load_mpi
+from .launcher import check_world, launched, load_mpi
+from .placement import Place, check_devices, ranges, warnings
 from .transport import STAGE_BYTES, Direct, Flight, Late, Message, StagedReceive, StagedSend, claims_cuda
 
 SPIN_S = 2e-4  # a wait this short is spent polling; a longer one gives the core away
@@ -35,7 +36,8 @@ class Communicator(Endpoint):
     transport: how CUDA tensors travel: "staged" in chunks of `stage_bytes` through pinned host memory, with any MPI;
     "direct" as they are, with an MPI that takes CUDA memory; "auto": direct where MPI says that it does and an
     exchange proves it. CPU tensors travel as they are, or staged where device is the CPU and it says so (for tests).
-    Afterwards `transport` is what was chosen, `transport_reason` why, `warnings` what the user should know.
+    Afterwards `transport` is what was chosen, `transport_reason` why, `places` where every rank is,
+    `warnings` what the user should know of that (on rank 0).
     An exception that nothing catches on one rank ends the whole job: the others would wait for that rank.
     Raises: SlowmoError where MPI cannot start, or where the launcher started more ranks than MPI joined, or where
     "direct" does not work.
@@ -56,12 +58,14 @@ class Communicator(Endpoint):
         world = mpi_comm if mpi_comm is not None else MPI.COMM_WORLD
         self.host = socket.gethostname()
         if mpi_comm is None:
-            _check_launcher(world.Get_size(), library_version())
+            check_world(launched(), world.Get_size(), library_version())
         self._mpi = world.Dup()
         self.rank, self.size = self._mpi.Get_rank(), self._mpi.Get_size()
         local = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        leader = local.Get_group().Translate_ranks([0], self._mpi.Get_group())[0]
         local.Free()
+        whole = device is None or torch.device(device).type == "cuda"  # else a part, or a test's
         if device is None:
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             device = f"cuda:{self.local_rank % gpus}" if gpus else "cpu"
@@ -74,6 +78,10 @@ class Communicator(Endpoint):
         atexit.register(self._flight.finish, FINISH_S)
         if self.size > 1:
             sys.excepthook = self._end_the_job
+        self.places = self._find_places(leader) if whole else []
+        check_devices(self.places)
+        if self.rank == 0:
+            self.warnings = warnings(self.places, os.cpu_count() or 1)
         if self.device.type == "cpu":
             self._plain = transport != "staged"
             self.transport = "direct" if self._plain else "staged"
@@ -81,7 +89,6 @@ class Communicator(Endpoint):
         else:
             torch.cuda.set_device(self.device)  # else every rank opens a context on the first GPU
             self._plain = True
-            self.warnings = self._shared_gpus()
             self.transport, self.transport_reason = self._choose(transport, says_cuda())
             self._direct = self.transport == "direct"
             self.stream = torch.cuda.Stream(self.device, priority=-1)
@@ -217,15 +224,15 @@ class Communicator(Endpoint):
         finally:
             self._plain, self._direct = plain, direct
 
-    def _shared_gpus(self) -> list[str]:
-        """What the first rank of every host says where several ranks of it have the same GPU."""
-        mine = (self.host, str(getattr(torch.cuda.get_device_properties(self.device), "uuid", self.device)))
-        everybody = self.gather(mine)
-        here = [gpu for host, gpu in everybody if host == self.host]
-        gpus = len(set(here))
-        if self.local_rank > 0 or gpus == len(here):
-            return []
-        return [f"{len(here)} ranks share {gpus} GPU{'s' if gpus > 1 else ''} on {self.host}."]
+    def _find_places(self, leader: int) -> list[Place]:
+        """Where every rank is, by rank."""
+        claim, gpu, seen = launched(), "", 0
+        if self.device.type == "cuda":
+            seen = torch.cuda.device_count()
+            gpu = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", f"{self.host} {self.device}"))
+        node = claim.node if claim is not None and claim.node else self.host
+        cores = ranges(os.sched_getaffinity(0))
+        return self.gather(Place(self.rank, node, leader, self.local_rank, self.local_size, claim, cores, gpu, seen))
 
     def _end_the_job(self, *exception: Any) -> None:
         sys.__excepthook__(*exception)
@@ -244,16 +251,4 @@ def library_version() -> str:
     """The MPI library in one line, such as "Open MPI v5.0.11"."""
     from mpi4py import MPI
 
-    return MPI.Get_library_version().strip("\0 \n").splitlines()[0].split(",")[0].strip()
-
-
-def _check_launcher(size: int, library: str) -> None:
-    """Refuse to train N times alone where a launcher has started N ranks that did not find each other."""
-    claim = launched()
-    if claim is not None and claim.size != size:
-        raise UsageError(
-            f"{claim.launcher} started {claim.size} processes, but in MPI ({library}) "
-            f"{'each is alone' if size == 1 else f'only {size} meet'}: the launcher belongs to another MPI.",
-            "Start with the mpirun of that MPI (slowmo train -n N finds it), or with srun --mpi=pmix; "
-            "`slowmo doctor` shows both.",
-        )
+    return " ".join(MPI.Get_library_version().strip("\0 \n").splitlines()[0].split(",")[0].split())

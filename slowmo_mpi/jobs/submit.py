@@ -1,0 +1,93 @@
+"""Handing a script to its scheduler: a job folder with the script and the configuration, and the job's id."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from ..errors import SlowmoError
+from .script import CONFIG, Job
+
+SCRIPT, LOG = "job.sh", "job.jsonl"  # in the job's folder
+SUBMIT_TIMEOUT_S = 60.0  # schedulers under load take their time
+
+
+def command(job: Job, after: str = "") -> list[str]:
+    """The words that submit job.sh, to be called in the job's folder; `after`: the id that it waits for."""
+    scheduler = job.site.scheduler
+    if scheduler == "none":
+        return ["bash", SCRIPT]
+    if scheduler == "slurm":
+        return ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else []), SCRIPT]
+    array = {"pbs": "-J", "torque": "-t"}[scheduler]
+    return [
+        "qsub", *(["-W", f"depend=afterany:{after}"] if after else []),
+        *([array, f"1-{len(job.tasks)}"] if job.tasks else []), SCRIPT,
+    ]  # fmt: skip
+
+
+def submit(job: Job, script: str, config: str) -> list[str]:
+    """Write script and configuration into the job's folder, and submit: the ids. Without a scheduler run it, and never
+    return. Raises: SlowmoError.
+    """
+    folder = Path(job.folder)
+    words = command(job)
+    if shutil.which(words[0]) is None:
+        raise SlowmoError(
+            f"There is no {words[0]} on this machine.",
+            "Submit from a login node, or leave out --submit: the script then comes on stdout.",
+        )
+    try:
+        folder.mkdir(parents=True)
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        (folder / SCRIPT).write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise SlowmoError(
+            f"The job folder {folder} cannot be made: {error.strerror}.", "Type --set run.folder=FOLDER."
+        ) from None
+    if job.site.scheduler == "none":
+        os.chdir(folder)
+        os.execvp(words[0], words)  # in the foreground: signals are the script's
+    ids: list[str] = []
+    for _ in range(job.chain):
+        ids.append(_hand_over(command(job, ids[-1] if ids else ""), folder))
+        line = {
+            "event": "submitted",
+            "job": ids[-1],
+            "scheduler": job.site.scheduler,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    return ids
+
+
+def _hand_over(words: list[str], folder: Path) -> str:
+    """Run sbatch or qsub; the id it prints. Raises: SlowmoError with what it said."""
+    try:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SUBMIT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlowmoError(
+            f"{words[0]} has not answered for {SUBMIT_TIMEOUT_S:.0f} s.",
+            f"Look whether the job is queued; the script is {folder / SCRIPT}.",
+        ) from None
+    answer = done.stdout.strip()
+    if done.returncode or not answer:
+        said = " ".join((done.stderr or answer).split()) or f"exit code {done.returncode}"
+        raise SlowmoError(
+            f"{words[0]} refused the job: {said}",
+            f"The script is {folder / SCRIPT}; mend the request or the site profile.",
+        )
+    return answer.splitlines()[-1].split(";")[0]  # sbatch --parsable says ID;CLUSTER on some sites

@@ -1,0 +1,169 @@
+#!/bin/bash
+# Trains digits. Nodes: 2, ranks on each: 4. Site profile: pbs.
+# Written by: slowmo job my.toml --site pbs
+# Submit it with: qsub -J 1-4 JOB.sh
+# This script belongs to one run, in the folder named below: submitted once more, it goes on with that run.
+#
+#PBS -N digits
+#PBS -S /bin/bash
+# A chunk for each node, each on a host of its own; mpiprocs is the number of its ranks.
+#PBS -l select=2:ncpus=64:mpiprocs=4:ompthreads=16:ngpus=4:mem=256gb
+#PBS -l place=scatter
+#PBS -l walltime=01:00:00
+# Standard output and error in one file, in the folder of the qsub.
+#PBS -j oe
+# The server may start the job again when it has lost a node.
+#PBS -r y
+
+set -euo pipefail
+
+workdir=/home/me # where slowmo job was called: relative paths of the configuration start here
+folder=/home/me/runs/digits-job-20261123-101500 # of this job: its attempts, what doctor found, the run folder
+config=/home/me/my.toml
+job=$PBS_JOBID
+task=${SLOWMO_TASK:-${PBS_ARRAY_INDEX:-}}
+alive() { [[ $(qstat -f "$1" 2>/dev/null) =~ job_state\ =\ [RE] ]]; }
+say() { printf 'job %s: %s\n' "$job" "$*" >&2; }
+
+settings=()
+# A sweep: each task of the array has a folder and settings of its own.
+case $task in
+1) settings+=(--set slowmo.tau=12 --set slowmo.beta=0.2) ;;
+2) settings+=(--set slowmo.tau=12 --set slowmo.beta=0.6) ;;
+3) settings+=(--set slowmo.tau=48 --set slowmo.beta=0.2) ;;
+4) settings+=(--set slowmo.tau=48 --set slowmo.beta=0.6) ;;
+*)
+  say "this is a sweep of 4 tasks; submit it as the comment at its top says"
+  exit 2
+  ;;
+esac
+folder+=/$task
+mkdir -p "$folder"
+if [[ -f ${BASH_SOURCE[0]:-} ]]; then # what ran can be read later, and submitted again
+  cp "${BASH_SOURCE[0]}" "$folder/job.sh.new"
+  mv "$folder/job.sh.new" "$folder/job.sh"
+fi
+settings+=(--set "run.folder=$folder") # so that --resume auto sees this job's run and no other
+cd "$workdir"
+
+# ---- Software ---------------------------------------------------------------------------------------------------------
+set +u # modules and activate scripts read variables that are not set
+type module >/dev/null 2>&1 || source /etc/profile || true # a batch shell may come without the command
+module load openmpi hdf5/parallel
+source /home/me/.venv/bin/activate
+set -u
+slowmo=(slowmo)
+
+# ---- Ranks ------------------------------------------------------------------------------------------------------------
+export OMP_NUM_THREADS=16 # torch's threads: a rank has so many cores
+# Called by its full path, mpirun finds its other half on the other nodes too; -x hands a variable on to the ranks.
+launch=("$(command -v mpirun)" -n 8 --hostfile "$PBS_NODEFILE")
+launch+=(--map-by ppr:4:node:PE=16 --bind-to core) # neighbours in a node, each on its own cores
+for variable in PATH LD_LIBRARY_PATH OMP_NUM_THREADS; do
+  if [[ ${!variable+set} ]]; then launch+=(-x "$variable"); fi
+done
+
+# ---- Where the run stands ---------------------------------------------------------------------------------------------
+log=$folder/job.jsonl # a line for each beginning and end; `slowmo job status` reads it
+touch "$log"
+
+newest() { # the step of the newest checkpoint, 0 where there is none
+  local path step=0
+  for path in "$folder"/*/checkpoints/step-*.h5; do
+    if [[ $path =~ /step-0*([0-9]+)\.h5$ ]] && ((BASH_REMATCH[1] > step)); then step=${BASH_REMATCH[1]}; fi
+  done
+  echo "$step"
+}
+count() { grep -c "$1" "$log" || true; }
+record() { printf '{"attempt": %d, "job": "%s", %s, "time": "%s"}\n' "$attempt" "$job" "$1" "$(date +%FT%T%z)" >>"$log"; }
+
+finished() { grep -qs '^  "result": "done"' "$folder"/*/manifest.json; }
+
+if finished; then
+  say "the run in $folder is done already"
+  exit 0
+fi
+if other=$(cat "$folder/running" 2>/dev/null) && [[ $other != "$job" ]] && alive "$other"; then
+  say "job $other is at work in $folder; two would overwrite each other's checkpoints"
+  exit 2
+fi
+echo "$job" >"$folder/running"
+trap 'rm -f "$folder/running"' EXIT
+
+attempt=$(($(count '"event": "started"') + 1))
+from=$(newest)
+record "\"event\": \"started\", \"step\": $from, \"scheduler\": \"pbs\", \"host\": \"${HOSTNAME//[^A-Za-z0-9.-]/}\""
+say "attempt $attempt, from step $from, in $folder"
+
+# ---- Train ------------------------------------------------------------------------------------------------------------
+# A warning comes as SIGUSR1: the ranks stop together, with a checkpoint, and end with code 75. SIGTERM does the same,
+# but it means that somebody wants the job to end, and so it is not started again.
+child='' interrupted='' warned='' ended=''
+# shellcheck disable=SC2317,SC2329 # traps call it
+hand_on() {
+  interrupted=1 warned=1
+  if [[ $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi
+}
+trap hand_on USR1 USR2
+trap 'ended=1; hand_on' TERM
+trap 'ended=1 interrupted=1' INT # a terminal sends it to the ranks' launcher too
+run() { # a command in the background, so that signals are taken at once
+  local rc
+  "$@" &
+  child=$!
+  while :; do
+    interrupted='' rc=0
+    wait "$child" || rc=$?
+    if [[ ! $interrupted ]]; then break; fi
+  done
+  child=''
+  return "$rc"
+}
+
+rc=0
+if [[ ! -e $folder/doctor.txt ]]; then # an attempt that goes on need not ask again
+  run "${launch[@]}" "${slowmo[@]}" doctor >"$folder/doctor.new" || rc=$?
+  cat "$folder/doctor.new" >&2
+  if ((rc == 0)); then mv "$folder/doctor.new" "$folder/doctor.txt"; fi
+  if ((rc == 3)); then say "slowmo doctor found a fault (above, and in $folder/doctor.new); nothing was trained"; fi
+fi
+if [[ $warned ]] || ((rc == 138)); then rc=75; fi # the warning came while doctor was at work (138: SIGUSR1 killed it)
+if ((rc == 0)); then
+  # The run keeps its own time: SECONDS are those since this script began.
+  left=$((3600 - 300 - SECONDS))
+  settings+=(--set "run.stop_after=$((left > 1 ? left : 1))s")
+  run "${launch[@]}" "${slowmo[@]}" train "$config" "${settings[@]}" --resume auto || rc=$?
+  if ((rc == 0)) && ! finished; then rc=1; fi # some launchers end with 0 when they have lost a node
+fi
+
+# ---- Again? -----------------------------------------------------------------------------------------------------------
+# Stopped early (75): again, unless 3 attempts in a row came no further than this step.
+# Failed or killed: a lost node ends so too; again only if this attempt came further, so that an error comes once more
+# at most. Wrong usage (2), a fault that doctor found (3), Ctrl-C (130): no.
+step=$(newest)
+stuck=$(count "\"event\": \"started\", \"step\": $step,")
+again=''
+if ((rc == 0)); then
+  next="done"
+elif [[ $ended ]]; then
+  next="ended by a signal; submitted again, it goes on from step $step"
+elif ((rc == 75 && stuck >= 3)); then
+  next="gave up: $stuck attempts came no further than step $step; is the time limit too short for one checkpoint?"
+elif ((rc == 75 || (step > from && rc != 2 && rc != 3 && rc != 130))); then
+  again=1
+  next="goes on from step $step"
+else
+  next="failed with exit code $rc"
+fi
+record "\"event\": \"ended\", \"step\": $step, \"exit_code\": $rc, \"next\": \"$next\""
+say "step $step, exit code $rc: $next"
+if [[ ! $again ]]; then
+  if [[ $next == gave* ]]; then rc=1; fi
+  exit "$rc"
+fi
+rm -f "$folder/running"
+# qrerun is for operators, so the job submits its successor; where nodes may not, take --chain.
+successor=(qsub -v "SLOWMO_TASK=$task" job.sh)
+cd "$folder"
+"${successor[@]}" || say "qsub failed; type: cd ${folder@Q} && ${successor[*]}"
+exit "$rc"
