@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import batched
 from .comm import Endpoint
+from .comm.simulated import SimulatedCommunicator
 from .config import Compute
-from .errors import SlowmoError
+from .errors import SlowmoError, UsageError
 from .tasks import Task
 from .worker import SlowMo
 
@@ -46,6 +48,7 @@ class InnerStep:
 
     def __init__(self, task: Task, worker: SlowMo, compute: Compute, clip_norm: float):
         self.task, self.worker, self._compute, self._clip_norm = task, worker, compute, clip_norm
+        _check_vmap(compute, worker.comm)
         self._device = worker.comm.device
         self.model: Any = torch.compile(worker.model) if compute.compile else worker.model
         self._scaler = torch.amp.GradScaler(self._device.type) if compute.precision == "float16" else None
@@ -72,14 +75,10 @@ class InnerStep:
             with comm.span("input and output", "batch"):
                 batch = self.to_device(next(feed))
             self.input_s += time.perf_counter() - started
-            with comm.span("computation", "forward"), self.autocast():
-                loss, metrics = self.task.loss(self.model, batch)
-            losses.append(loss.detach())
-            shown.append(metrics)
-            loss = loss / self._compute.accumulate
             waiting: AbstractContextManager[None] = worker.accumulating() if left else nullcontext()
-            with comm.span("computation", "backward"), waiting:
-                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            loss, metrics = self._together(batch) if self._compute.vmap else self._alone(batch, waiting)
+            losses.append(loss)
+            shown.append(metrics)
         means = {k: torch.stack([m[k].detach().double() for m in shown]).mean() for k in shown[0]}
         if self._scaler is not None:
             self._scaler.unscale_(worker.optimizer)
@@ -91,6 +90,23 @@ class InnerStep:
             self._scaler.update()
             self.taken = self.scale >= before
         return torch.stack(losses).mean(), means
+
+    def _alone(self, batch: Any, waiting: AbstractContextManager[None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add a micro-batch's part to the gradients; loss and metrics."""
+        comm = self.worker.comm
+        with comm.span("computation", "forward"), self.autocast():
+            loss, metrics = self.task.loss(self.model, batch)
+        part = loss / self._compute.accumulate
+        with comm.span("computation", "backward"), waiting:
+            (part if self._scaler is None else self._scaler.scale(part)).backward()
+        return loss.detach(), metrics
+
+    def _together(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, of all simulated ranks at once."""
+        comm = self.worker.comm
+        assert isinstance(comm, SimulatedCommunicator)
+        with comm.span("computation", "forward and backward"):
+            return batched.gradients(comm, self.task, self.model, batch, self._compute.accumulate)
 
     @property
     def scale(self) -> float:
@@ -125,6 +141,19 @@ class InnerStep:
             state = {**state, "scale": min(scales), "_growth_tracker": 0} if scales else {}
         if state:  # none where the run was of another precision before
             self._scaler.load_state_dict(state)
+
+
+def _check_vmap(compute: Compute, comm: Endpoint) -> None:
+    if compute.vmap and not isinstance(comm, SimulatedCommunicator):
+        raise UsageError(
+            "compute.vmap is for ranks that are simulated in one process, and these are real.",
+            "Type --simulate N in place of -n N, or --set compute.vmap=false.",
+        )
+    if compute.vmap and (compute.precision != "float32" or compute.compile):
+        raise UsageError(
+            "compute.vmap computes in float32 and compiles nothing.",
+            "Type --set compute.precision=float32 --set compute.compile=false, or --set compute.vmap=false.",
+        )
 
 
 def to_device(batch: Any, device: torch.device, channels_last: bool = False) -> Any:

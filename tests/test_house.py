@@ -27,6 +27,7 @@ STOREYS = [
     ["train", "plan", "bench", "doctor", "jobs", "presets", "report"],
     ["evaluation"],
     ["inner"],
+    ["batched"],
     ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "picture", "tasks"],
     ["worker", "data", "models"],
     ["bases", "buckets", "restart", "saved", "team"],

@@ -1,0 +1,367 @@
+"""The paper's experiments at small scale: each study one command, its runs in NAME.json, table and figure beside it.
+
+    python benchmarks/studies.py bases        (or tau, momentum, buffers, averaging, skewed, theory, speed)
+
+Workers are simulated ranks, and one run takes one core, so that `--jobs` of them go on side by side. Runs that the JSON
+file has already are not repeated; `--seeds` more may be added. The tables give means over seeds and 95 % confidence
+intervals of the mean (Student's t). `translation` runs on real ranks: see studies_translation.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+
+HERE = Path(__file__).resolve().parent
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+"""Student's t for a two-sided 95 % interval, by the number of seeds."""
+
+FASHION = """
+[run]
+epochs = 2
+log_every = 20
+threads = 1
+[task]
+name = "study_tasks:fashion"
+batch_size = 16
+[optimizer]
+lr = 0.2
+reference_batch = 256
+momentum = 0.9
+nesterov = true
+weight_decay = 1e-4
+schedule = "step"
+warmup = 0.2
+milestones = [1.0, 1.5]
+[slowmo]
+tau = 12
+[compute]
+vmap = true
+"""
+QUADRATIC = """
+[run]
+threads = 1
+[task]
+name = "study_tasks:theory"
+batch_size = 1
+noise = 3.0
+heterogeneity = 0.3
+start = 3.0
+[base]
+algorithm = "local"
+[slowmo]
+tau = 12
+[compute]
+vmap = true
+"""
+BETA = {4: 0.2, 8: 0.4, 16: 0.6, 32: 0.7}
+"""The authors' slow momentum by the number of workers, 0.7 their CIFAR-10 choice for 32."""
+OFF = {"slowmo.beta": 0.0, "slowmo.tau": 0}
+PLAIN = {
+    "AR-SGD": {"base.algorithm": "allreduce", **OFF},
+    "Local SGD": {"base.algorithm": "local", "slowmo.beta": 0.0, "slowmo.buffers": "maintain"},
+    "SGP": {"base.algorithm": "sgp", **OFF},
+    "OSGP": {"base.algorithm": "osgp", **OFF},
+}
+"""The bases as they are without SlowMo."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table: what is set, on how many workers, and where it stands in the figure."""
+
+    series: str
+    x: float | str
+    ranks: int
+    settings: dict[str, Any]
+    text: str = FASHION
+
+    def key(self, seed: int) -> str:
+        return json.dumps([self.ranks, self.settings, seed, self.text], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    title: str
+    cases: list[Case]
+    x: str
+    show: Callable[[Study, dict[str, Any], int, Path], str]
+    """Draws the figure; the tables."""
+
+
+def slow(base: str, ranks: int, **more: Any) -> dict[str, Any]:
+    """The base with SlowMo: alpha 1, the authors' beta, buffers reset, but for `more`."""
+    settings = {k: v for k, v in PLAIN[base].items() if not k.startswith("slowmo.")}
+    return {**settings, "slowmo.beta": BETA[ranks], **{f"slowmo.{k}": v for k, v in more.items()}}
+
+
+def bases() -> list[Case]:
+    """Table 1's shape: each base with and without SlowMo."""
+    cases = []
+    for m in (4, 8, 16, 32):
+        cases += [Case(name, m, m, settings) for name, settings in PLAIN.items()]
+        cases += [Case(f"{name} + SlowMo", m, m, slow(name, m)) for name in PLAIN if name != "AR-SGD"]
+    return cases
+
+
+def tau() -> list[Case]:
+    """Figure 3's shape: steps between averages."""
+    steps = (1, 3, 6, 12, 24, 48, 96, 192)
+    local = [Case("Local SGD", t, 16, {**PLAIN["Local SGD"], "slowmo.tau": t}) for t in steps]
+    return local + [Case(f"{b} + SlowMo", t, 16, slow(b, 16, tau=t)) for b in ("Local SGD", "SGP") for t in steps]
+
+
+def momentum() -> list[Case]:
+    """beta at alpha 1, and alpha at the chosen beta."""
+    cases = []
+    for b in ("Local SGD", "SGP"):
+        cases += [Case(f"{b}, alpha 1", x, 16, slow(b, 16, beta=x)) for x in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)]
+        cases += [Case(f"{b}, beta 0.6, alpha", x, 16, slow(b, 16, alpha=x)) for x in (0.25, 0.5, 1.5)]
+    return cases
+
+
+def buffers() -> list[Case]:
+    """Line 2: what becomes of the optimizer's buffers."""
+    ways = ("reset", "maintain", "average")
+    return [Case(f"{b} + SlowMo", w, 16, slow(b, 16, buffers=w)) for b in ("Local SGD", "SGP") for w in ways]
+
+
+def averaging() -> list[Case]:
+    """The exact average left out; and averages of the momentum buffers without slow momentum (Yu et al. 2019)."""
+    double = {"slowmo.beta": 0.0, "slowmo.buffers": "average"}
+    return [
+        Case("SGP", "base", 16, PLAIN["SGP"]),
+        Case("SGP", "double averaging", 16, {"base.algorithm": "sgp", **double}),
+        Case("SGP", "SlowMo, noaverage", 16, slow("SGP", 16, average="none")),
+        Case("SGP", "SlowMo", 16, slow("SGP", 16)),
+        Case("Local SGD", "base", 16, PLAIN["Local SGD"]),
+        Case("Local SGD", "double averaging", 16, {"base.algorithm": "local", **double}),
+        Case("Local SGD", "SlowMo", 16, slow("Local SGD", 16)),
+    ]
+
+
+def skewed() -> list[Case]:
+    """Workers whose data differ."""
+    cases = []
+    for concentration in (0.1, 1.0):
+        data = {"task.dirichlet": concentration}
+        cases += [Case(b, concentration, 16, {**PLAIN[b], **data}) for b in ("AR-SGD", "Local SGD", "SGP", "OSGP")]
+        cases += [
+            Case(f"{b} + SlowMo", concentration, 16, {**slow(b, 16), **data}) for b in ("Local SGD", "SGP", "OSGP")
+        ]
+    return cases
+
+
+def theory() -> list[Case]:
+    """Theorem 1: where alpha gamma / (1 - beta) ~ sqrt(m / (tau T)), mean |grad f|^2 falls as 1 / sqrt(m tau T)."""
+    cases = []
+    for m in (1, 4, 16):
+        for rounds in (8, 32, 128, 512):
+            steps, rate = 12 * rounds, 0.4 * math.sqrt(m / (12 * rounds))
+            for beta in (0.0, 0.6):
+                settings = {"optimizer.lr": rate * (1 - beta), "slowmo.beta": beta, "run.steps": steps}
+                cases.append(Case(f"m = {m}, beta {beta:g}", steps, m, settings | {"run.log_every": steps}, QUADRATIC))
+    return cases
+
+
+def run(case: Case, seed: int) -> dict[str, Any]:
+    """One training on simulated ranks, in this process."""
+    import torch
+
+    from slowmo_mpi import config, simulate
+    from slowmo_mpi.train import train
+
+    torch.set_num_threads(1)
+    words = [f"{k}={json.dumps(v)}" for k, v in {**case.settings, "run.seed": seed}.items()]
+    settings = config.parse(case.text, "studies.py", words)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        simulate(case.ranks, lambda comm: train(settings, comm, folder))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logs = [r for r in records if r["kind"] == "train"]
+    last = {k: v for k, v in records[-1].items() if k in ("accuracy", "loss", "consensus", "excess", "step")}
+    tail = logs[-max(1, len(logs) // 10) :]  # the last tenth of the run
+    means = {f"train_{k}": statistics.fmean(r[k] for r in tail) for k in ("loss", "gradient") if k in tail[0]}
+    return {**last, **means, "seconds": time.perf_counter() - started}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % confidence interval (nan from one value)."""
+    n = len(values)
+    spread = T_95.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), spread
+
+
+def told(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
+    """ "87.12 ± 0.31"."""
+    mean, spread = interval([scale * v for v in values])
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread == spread else "")
+
+
+def results(study: Study, runs: dict[str, Any], seeds: int) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
+    """Every case with its runs, of as many seeds as there are."""
+    for case in study.cases:
+        found = [runs[case.key(s)] for s in range(seeds) if case.key(s) in runs]
+        if found:
+            yield case, found
+
+
+COLUMNS = {
+    "test accuracy, %": ("accuracy", 100.0, 2),
+    "test loss": ("loss", 1.0, 4),
+    "train loss": ("train_loss", 1.0, 4),
+}
+
+
+def accuracies(study: Study, runs: dict[str, Any], seeds: int, picture: Path) -> str:
+    """A table of test accuracy, test and training loss; the figure: accuracy and training loss against x."""
+    rows = [f"| workers | {study.x} | | {' | '.join(COLUMNS)} | seeds |", "|---" * (len(COLUMNS) + 4) + "|"]
+    lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = {}
+    for case, found in results(study, runs, seeds):
+        cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in COLUMNS.values()]
+        rows.append(f"| {case.ranks} | {case.x} | {case.series} | {' | '.join(cells)} | {len(found)} |")
+        lines.setdefault(case.series, []).append((case.x, found))
+    draw(study, lines, picture)
+    return "\n".join(rows)
+
+
+def draw(study: Study, lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]], picture: Path) -> None:
+    """Test accuracy and training loss against x, with intervals; x a number (logarithmic) or a word."""
+    from slowmo_mpi.picture import blank, save
+    from slowmo_mpi.report.figures import COLOURS
+
+    figure = blank(11, 4.4)
+    figure.suptitle(study.title, fontsize=12, weight="bold")
+    panels: Any = figure.subplots(1, 2)
+    words = list(dict.fromkeys(str(x) for line in lines.values() for x, _ in line))
+    numbers = all(isinstance(x, int | float) for line in lines.values() for x, _ in line)
+    plain = [name for name in lines if not name.endswith("+ SlowMo")]
+    for axes, (label, name, scale) in zip(
+        panels, [("test accuracy, %", "accuracy", 100.0), ("training loss", "train_loss", 1.0)], strict=True
+    ):
+        for i, (series, line) in enumerate(lines.items()):
+            x = [v if numbers else words.index(str(v)) + 0.08 * (i - len(lines) / 2) for v, _ in line]
+            y = [interval([scale * r[name] for r in found]) for _, found in line]
+            partner = series.removesuffix(" + SlowMo")
+            colour = COLOURS[(plain.index(partner) if partner in plain else i) % len(COLOURS)]
+            dashed = series in plain and f"{series} + SlowMo" in lines
+            axes.errorbar(
+                x, [m for m, _ in y], yerr=[0.0 if e != e else e for _, e in y], label=series, color=colour, capsize=2,
+                linestyle=("--" if dashed else "-") if numbers else "none", marker="o", markersize=4, linewidth=1.3,
+                markerfacecolor="white" if dashed else colour,
+            )  # fmt: skip
+        axes.set_ylabel(label)
+        axes.set_xlabel(study.x)
+        if not numbers:
+            axes.set_xticks(range(len(words)), words)
+        elif min(x for line in lines.values() for x, _ in line) > 0:
+            axes.set_xscale("log")
+            axes.set_xticks(ticks := sorted({x for line in lines.values() for x, _ in line}), [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(fontsize=8, frameon=False)
+    save(figure, picture)
+
+
+def rates(study: Study, runs: dict[str, Any], seeds: int, picture: Path) -> str:
+    """The mean of |grad f|^2 over a run against m tau T: one line of slope -1/2 for all numbers of workers."""
+    from slowmo_mpi.picture import blank, save
+    from slowmo_mpi.report.figures import COLOURS
+
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for case, found in results(study, runs, seeds):
+        lines.setdefault(case.series, []).append(
+            (int(case.x), case.ranks * float(case.x), statistics.fmean(r["train_gradient"] for r in found))
+        )
+    figure = blank(7, 4.6)
+    figure.suptitle(study.title, fontsize=12, weight="bold")
+    axes = figure.subplots()
+    rows = [
+        "| | mean of \\|grad f\\|^2 at "
+        + " | ".join(f"{s} steps" for s, *_ in next(iter(lines.values())))
+        + " | slope |",
+        "|---" * 6 + "|",
+    ]
+    for i, (series, points) in enumerate(lines.items()):
+        slope = fitted_slope([(x, y) for _, x, y in points[1:]])
+        rows.append(f"| {series} | {' | '.join(f'{y:.3g}' for *_, y in points)} | {slope:.2f} |")
+        axes.loglog(
+            [x for _, x, _ in points], [y for *_, y in points], label=f"{series}: slope {slope:.2f}",
+            marker="os"[i % 2], color=COLOURS[i // 2], linestyle=("-", "--")[i % 2],
+        )  # fmt: skip
+    xs = [x for points in lines.values() for _, x, _ in points]
+    middle = statistics.geometric_mean(y for points in lines.values() for *_, y in points)
+    at = statistics.geometric_mean(xs)
+    ends = (min(xs), max(xs))
+    axes.loglog(ends, [middle * math.sqrt(at / x) for x in ends], color="#8a97a6", linewidth=1, label="slope -1/2")
+    axes.set_xlabel("m tau T: gradients computed by all workers")
+    axes.set_ylabel("mean of |grad f|^2 over the run")
+    axes.legend(fontsize=8, frameon=False)
+    save(figure, picture)
+    every = [(x, y) for points in lines.values() for _, x, y in points[1:]]
+    rows.append(f"\nSlope over all runs but the shortest: {fitted_slope(every):.2f} (theorem: -0.50).")
+    return "\n".join(rows)
+
+
+def fitted_slope(points: list[tuple[float, float]]) -> float:
+    """Least squares in logarithms."""
+    x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
+STUDIES = {
+    "bases": Study("Each base with and without SlowMo (Table 1)", bases(), "workers", accuracies),
+    "tau": Study("Steps between averages, 16 workers (Figure 3)", tau(), "tau", accuracies),
+    "momentum": Study("Slow momentum and slow learning rate, 16 workers", momentum(), "beta, or alpha", accuracies),
+    "buffers": Study("The optimizer's buffers when a round starts, 16 workers", buffers(), "buffers", accuracies),
+    "averaging": Study("Without the exact average, and with double averaging, 16 workers", averaging(), "", accuracies),
+    "skewed": Study("Workers whose data differ, 16 workers", skewed(), "Dirichlet concentration", accuracies),
+    "theory": Study("Rate of convergence on the noisy quadratic, tau = 12", theory(), "steps", rates),
+}
+
+
+@click.command(help=__doc__.split("\n\n", 1)[0])
+@click.argument("names", nargs=-1, type=click.Choice(list(STUDIES)))
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--jobs", default=os.cpu_count(), show_default=True, help="Runs at the same time, one core each.")
+@click.option("--out", default=HERE / "studies", type=Path, show_default=True, help="Folder of the results.")
+def main(names: tuple[str, ...], seeds: int, jobs: int, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    for name in names or STUDIES:
+        study, store = STUDIES[name], out / f"{name}.json"
+        runs: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+        wanted = [(c, s) for s in range(seeds) for c in study.cases if c.key(s) not in runs]
+        started = time.perf_counter()
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            waiting = {pool.submit(run, case, seed): (case, seed) for case, seed in wanted}
+            for n, done in enumerate(as_completed(waiting), 1):
+                case, seed = waiting[done]
+                runs[case.key(seed)] = done.result()
+                store.write_text(json.dumps(runs, indent=0) + "\n")
+                left = (time.perf_counter() - started) * (len(wanted) / n - 1)
+                click.echo(
+                    f"{name} {n}/{len(wanted)}, {left / 60:.0f} min left: {case.ranks} x {case.series}", err=True
+                )
+        table = study.show(study, runs, seeds, out / f"{name}.png")
+        (out / f"{name}.md").write_text(f"## {study.title}\n\n{table}\n\n![{study.title}]({name}.png)\n")
+        click.echo(table)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    main()
