@@ -137,6 +137,10 @@ class Lab:
         if self.rate_bit_s:
             _batch(["tc", "-n", switch], [_limit(n, self.rate_bit_s) for n in names])
 
+    def limit(self, host: int, rate: str) -> None:
+        """From now on host 0, 1, ... sends at another rate; as `Lab(rate=)`, of a lab that has one."""
+        _batch(["tc", "-n", f"{self.name}-h{host + 1}"], [_limit(INTERFACE, rate_bit_s(rate), "replace")])
+
     def on(self, host: int, command: Sequence[str]) -> list[str]:
         """The command that runs `command` on host 0, 1, ..., in the same process."""
         return [str(self.enter), self.addresses[host], "exec " + shlex.join(command)]
@@ -248,10 +252,10 @@ def clean() -> int:
     return len(dead)
 
 
-def _limit(interface: str, rate: int) -> str:
+def _limit(interface: str, rate: int, verb: str = "add") -> str:
     """tc's words. With a smaller bucket than these 2 ms of the rate, 1gbit came out as 0.89 of it."""
     burst_bytes = max(32_768, rate // 8 // 500)
-    return f"qdisc add dev {interface} root tbf rate {rate}bit burst {burst_bytes} latency 200ms"
+    return f"qdisc {verb} dev {interface} root tbf rate {rate}bit burst {burst_bytes} latency 200ms"
 
 
 def _remove(name: str) -> None:

@@ -48,10 +48,10 @@ class Wish:
                 signal.signal(s, signal.SIG_IGN if self._deaf else handler)
 
     def ignore(self) -> None:
-        """Once a stop is done: to this process's end no signal counts.
+        """Once a run is done or stopped: to this process's end no signal counts.
 
-        Some launchers (srun --kill-on-bad-exit) end all ranks when the first has left with code 75, and a rank that is
-        killed on its way out would turn that code into a failure's.
+        A warning may come that late, and some launchers (srun --kill-on-bad-exit) end all ranks when the first has left
+        with code 75: a rank that is killed on its way out would turn the code into a failure's.
         """
         self._deaf = True
 

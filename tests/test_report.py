@@ -224,6 +224,16 @@ def test_files_that_are_missing_or_half_written(runs: Path) -> None:
     assert table.text(comparison) and page.page(comparison, figures.figures(comparison)[:1], "damaged")
 
 
+def test_a_job_folder_is_looked_into_and_is_itself_a_run_only_while_it_holds_none(runs: Path, tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs"
+    job = jobs / "run-job-20261123-101500"
+    job.mkdir(parents=True)
+    shutil.copy(runs / "sgp" / "config.toml", job)
+    assert [(run.folder, run.state) for run in find([jobs])] == [(job, "empty")]  # it waits in the queue
+    (runs / "sgp").rename(job / "run-20261123-111500")
+    assert [(run.folder.name, run.state) for run in find([jobs, job])] == [("run-20261123-111500", "done")]
+
+
 def test_an_empty_run_is_listed_and_nothing_is_drawn(runs: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -188,8 +188,7 @@ def _rank(job: Job, as_json: bool) -> int:
     try:
         last = job.run(comm)
         code = _finish(job, last, as_json) if comm.rank == 0 else STOPPED_EARLY if "stopped" in last else DONE
-        if code == STOPPED_EARLY and comm.size > 1:
-            job.wish.ignore()
+        job.wish.ignore()
         comm.barrier()  # some launchers end a job as soon as one rank ends with another code than 0
     except BaseException as error:
         code = _failed(error, comm.rank, comm.size, job.folder)

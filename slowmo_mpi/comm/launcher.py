@@ -164,8 +164,12 @@ def load_mpi(start: bool = True) -> Any:
 @contextlib.contextmanager
 def _watched_start(claim: Launch) -> Iterator[None]:
     told = _waits(claim, WAITING_S) if claim.rank < 2 else ""  # one speaks for all; rank 1, as 0 may be missing
+    # Open MPI 4 ends a process that srun has started without its PMI, and says neither srun nor --mpi.
+    died = _died(claim) if claim.rank < 2 and claim.launcher == "srun" and not claim.pmix else ""
     with Watchdog() as watchdog:
-        watchdog.watch((WAITING_S, told, False), (LOST_S, _waits(claim, LOST_S, " It is ended."), True))
+        watchdog.watch(
+            (WAITING_S, told, False), (LOST_S, _waits(claim, LOST_S, " It is ended."), True), last_words=died
+        )
         yield
 
 
@@ -244,6 +248,14 @@ def _waits(claim: Launch, seconds: float, end: str = "") -> str:
     return (
         f"slowmo: {rank} on {socket.gethostname()} has waited {seconds:.0f} s for the others in MPI_Init (started by "
         f"{claim.launcher}, which set {', '.join(seen)}).{end}\n        {MISSING}\n"
+    )
+
+
+def _died(claim: Launch) -> str:
+    return (
+        f"slowmo: Rank {claim.rank} of {claim.size} on {socket.gethostname()} has ended inside MPI_Init, and srun "
+        "offered it no PMIx.\n        Type `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for others (`srun "
+        "--mpi=list` shows what this Slurm has).\n"
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from ..config import sections
 from ..errors import UsageError, did_you_mean
 
-FILES = ("manifest.json", "config.toml", "metrics.jsonl")
+CONFIG = "config.toml"
+FILES = ("manifest.json", CONFIG, "metrics.jsonl")
 NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "consensus", "skipped_steps")
 HINT = "Give the run folder that `slowmo train` told, or the folder that holds several: slowmo report runs"
 SILENT_S = 600.0  # a run on another host that has written nothing for so long may be dead,
@@ -193,7 +194,7 @@ def read(folder: Path) -> Run:
             faults.append("manifest.json cannot be read")
     with contextlib.suppress(FileNotFoundError):
         try:
-            table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+            table = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
             settings |= {f"{s}.{k}": v for s, keys in table.items() if isinstance(keys, dict) for k, v in keys.items()}
         except (OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError):
@@ -223,13 +224,16 @@ MOVES = {f"{section.name}.{k.name}" for section, keys in sections() for k in key
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    if any((folder / name).is_file() for name in FILES):
+    """A configuration alone is a run that has not begun, or lies in a job's folder, which holds the run's."""
+    if any((folder / name).is_file() for name in FILES if name != CONFIG):
         yield folder
         return
+    inside: list[Path] = []
     with contextlib.suppress(OSError):
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink() and child.name[:1] != ".":
-                yield from _run_folders(child)
+                inside += _run_folders(child)
+    yield from inside or [folder] * (folder / CONFIG).is_file()
 
 
 def _records(path: Path) -> tuple[list[Record], list[int]]:

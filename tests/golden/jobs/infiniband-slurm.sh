@@ -122,7 +122,9 @@ fi
 if [[ $warned ]] || ((rc == 138)); then rc=75; fi # the warning came while doctor was at work (138: SIGUSR1 killed it)
 if ((rc == 0)); then
   run "${launch[@]}" "${slowmo[@]}" train "$config" "${settings[@]}" --resume auto || rc=$?
-  if ((rc == 0)) && ! finished; then rc=1; fi # some launchers end with 0 when they have lost a node
+  # The run folder knows better: some launchers end with 0 when they have lost a node, and what comes after the end is
+  # no failure.
+  if finished; then rc=0; elif ((rc == 0)); then rc=1; fi
 fi
 
 # ---- Again? -----------------------------------------------------------------------------------------------------------
