@@ -1,10 +1,13 @@
 """The paper's experiments at small scale: each study one command, with its table and figure; every run in runs.json.
 
-    python benchmarks/studies.py bases        (or tau, momentum, buffers, averaging, skewed, theory, speed)
+    python benchmarks/studies.py bases        (or averaging, buffers, skewed, tau, momentum, theory)
+    python benchmarks/translation_data.py data/catalogs --download      (117,341 pairs; 163 MB)
+    slowmo data vocab data/catalogs --size 2000
+    python benchmarks/studies.py translation
 
-Workers are simulated ranks, and one run takes one core, so that `--jobs` of them go on side by side. Runs that the JSON
-file has already are not repeated; one may belong to several studies. The tables give means over seeds and 95 % confidence
-intervals of the mean (Student's t). `translation` runs on real ranks: see studies_translation.py.
+Workers are simulated ranks, but for `translation`, and one run takes one core, so that `--jobs` of them go on side by
+side. Runs that the JSON file has already are not repeated; one may belong to several studies. The tables give means
+over seeds and 95 % confidence intervals of the mean (Student's t).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,6 +70,32 @@ algorithm = "local"
 tau = 12
 [compute]
 vmap = true
+"""
+TRANSLATION = """
+[run]
+steps = 200
+log_every = 10
+eval_workers = false
+[task]
+name = "wmt16"
+data = "data/catalogs"
+batch_size = 1
+model = "small"
+vocabulary = 2000
+max_tokens = 1000
+dropout = 0.1
+label_smoothing = 0.1
+[optimizer]
+name = "adam"
+lr = 0.002
+betas = [0.9, 0.98]
+schedule = "inverse-sqrt"
+warmup = 60
+[slowmo]
+tau = 12
+buffers = "maintain"
+[checkpoint]
+every = 0
 """
 BETA = {4: 0.2, 8: 0.4, 16: 0.6, 32: 0.7}
 """The authors' slow momentum by the number of workers, 0.7 their CIFAR-10 choice for 32."""
@@ -176,6 +206,28 @@ def theory() -> list[Case]:
     return cases
 
 
+def translation() -> list[Case]:
+    """The language experiment on real ranks; Adam, whose buffers are kept."""
+    plain = {"AR-Adam": PLAIN["AR-SGD"], "Local Adam": PLAIN["Local SGD"], "SGP": PLAIN["SGP"]}
+    cases = [Case(name, "base", 4, settings, TRANSLATION) for name, settings in plain.items()]
+    more = {"Local Adam": slow("Local SGD", 4, buffers="maintain"), "SGP": slow("SGP", 4, buffers="maintain")}
+    return cases + [Case(name, "SlowMo", 4, settings, TRANSLATION) for name, settings in more.items()]
+
+
+def run_real(case: Case, seed: int) -> dict[str, Any]:
+    """One training on real ranks, which take all cores."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "run.toml"
+        file.write_text(case.text)
+        words = [
+            f"--set={k}={json.dumps(v)}" for k, v in {**case.settings, "run.seed": seed, "run.folder": name}.items()
+        ]
+        command = [sys.executable, "-P", "-m", "slowmo_mpi", "train", str(file), "-n", str(case.ranks), *words]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        return outcome(next(Path(name).glob("*/metrics.jsonl")), started)
+
+
 def run(case: Case, seed: int) -> dict[str, Any]:
     """One training on simulated ranks, in this process."""
     import torch
@@ -190,10 +242,15 @@ def run(case: Case, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         simulate(case.ranks, lambda comm: train(settings, comm, folder))
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return outcome(folder / "metrics.jsonl", started)
+
+
+def outcome(metrics: Path, started: float) -> dict[str, Any]:
+    """The last evaluation, and means over the last tenth of the training."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     logs = [r for r in records if r["kind"] == "train"]
-    last = {k: v for k, v in records[-1].items() if k in ("accuracy", "loss", "consensus", "excess", "step")}
-    tail = logs[-max(1, len(logs) // 10) :]  # the last tenth of the run
+    last = {k: v for k, v in records[-1].items() if k in ("accuracy", "bleu", "loss", "consensus", "excess", "step")}
+    tail = logs[-max(1, len(logs) // 10) :]
     means = {f"train_{k}": statistics.fmean(r[k] for r in tail) for k in ("loss", "gradient") if k in tail[0]}
     return {**last, **means, "seconds": time.perf_counter() - started}
 
@@ -221,6 +278,7 @@ def results(study: Study, runs: dict[str, Any], seeds: int) -> Iterator[tuple[Ca
 
 COLUMNS = {
     "test accuracy, %": ("accuracy", 100.0, 2),
+    "BLEU": ("bleu", 1.0, 2),
     "test loss": ("loss", 1.0, 4),
     "train loss": ("train_loss", 1.0, 4),
 }
@@ -228,30 +286,35 @@ COLUMNS = {
 
 def accuracies(study: Study, runs: dict[str, Any], seeds: int, picture: Path) -> str:
     """A table of test accuracy, test and training loss; the figure: accuracy and training loss against x."""
-    rows = [f"| workers | {study.x} | | {' | '.join(COLUMNS)} | seeds |", "|---" * (len(COLUMNS) + 4) + "|"]
+    first = next(runs[case.key(0)] for case in study.cases if case.key(0) in runs)
+    columns = {label: column for label, column in COLUMNS.items() if column[0] in first}
+    rows = [f"| workers | {study.x} | | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 4) + "|"]
     lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = {}
     for case, found in results(study, runs, seeds):
-        cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in COLUMNS.values()]
+        cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in columns.values()]
         rows.append(f"| {case.ranks} | {case.x} | {case.series} | {' | '.join(cells)} | {len(found)} |")
         lines.setdefault(case.series, []).append((case.x, found))
-    draw(study, lines, picture)
+    draw(study, lines, [(label, name, scale) for label, (name, scale, _) in columns.items() if name != "loss"], picture)
     return "\n".join(rows)
 
 
-def draw(study: Study, lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]], picture: Path) -> None:
-    """Test accuracy and training loss against x, with intervals; x a number (logarithmic) or a word."""
+def draw(
+    study: Study,
+    lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]],
+    shown: list[tuple[str, str, float]],
+    picture: Path,
+) -> None:
+    """A panel for each of `shown` (label, name, scale) against x, a number (logarithmic) or a word; with intervals."""
     from slowmo_mpi.picture import blank, save
     from slowmo_mpi.report.figures import COLOURS
 
     figure = blank(11, 4.4)
     figure.suptitle(study.title, fontsize=12, weight="bold")
-    panels: Any = figure.subplots(1, 2)
+    panels: Any = figure.subplots(1, len(shown))
     words = list(dict.fromkeys(str(x) for line in lines.values() for x, _ in line))
     numbers = all(isinstance(x, int | float) for line in lines.values() for x, _ in line)
     plain = [name for name in lines if not name.endswith("+ SlowMo")]
-    for axes, (label, name, scale) in zip(
-        panels, [("test accuracy, %", "accuracy", 100.0), ("training loss", "train_loss", 1.0)], strict=True
-    ):
+    for axes, (label, name, scale) in zip(panels, shown, strict=True):
         for i, (series, line) in enumerate(lines.items()):
             x = [v if numbers else words.index(str(v)) + 0.08 * (i - len(lines) / 2) for v, _ in line]
             y = [interval([scale * r[name] for r in found]) for _, found in line]
@@ -273,7 +336,7 @@ def draw(study: Study, lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]],
             axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(fontsize=8, frameon=False)
+    panels[-1].legend(fontsize=8, frameon=False)
     save(figure, picture)
 
 
@@ -330,6 +393,7 @@ STUDIES = {
     "buffers": Study("The optimizer's buffers when a round starts, 16 workers", buffers(), "buffers", accuracies),
     "averaging": Study("Without the exact average, and with double averaging, 16 workers", averaging(), "", accuracies),
     "skewed": Study("Workers whose data differ, 16 workers", skewed(), "data of Dirichlet 0.1", accuracies),
+    "translation": Study("English to German, 4 workers, 200 steps", translation(), "", accuracies),
     "theory": Study("Rate of convergence on the noisy quadratic, tau = 12", theory(), "steps", rates),
 }
 
@@ -347,8 +411,9 @@ def main(names: tuple[str, ...], seeds: int, jobs: int, out: Path) -> None:
         study = STUDIES[name]
         wanted = [(c, s) for s in range(seeds) for c in study.cases if c.key(s) not in runs]
         started = time.perf_counter()
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = {pool.submit(run, case, seed): (case, seed) for case, seed in wanted}
+        real = name == "translation"
+        with ProcessPoolExecutor(1 if real else jobs, mp_context=get_context("spawn")) as pool:
+            waiting = {pool.submit(run_real if real else run, case, seed): (case, seed) for case, seed in wanted}
             for n, done in enumerate(as_completed(waiting), 1):
                 case, seed = waiting[done]
                 runs[case.key(seed)] = done.result()
