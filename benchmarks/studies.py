@@ -1,6 +1,6 @@
 """The paper's experiments at small scale: each study one command, with its table and figure; every run in runs.json.
 
-    python benchmarks/studies.py bases        (or averaging, buffers, skewed, tau, momentum, theory)
+    python benchmarks/studies.py bases        (or rounds, averaging, buffers, skewed, tau, momentum, theory)
     python benchmarks/translation_data.py data/catalogs --download      (117,341 pairs; 163 MB)
     slowmo data vocab data/catalogs --size 2000
     python benchmarks/studies.py translation
@@ -145,6 +145,13 @@ def bases() -> list[Case]:
         cases += [Case(name, m, m, settings) for name, settings in PLAIN.items()]
         cases += [Case(f"{name} + SlowMo", m, m, slow(name, m)) for name in PLAIN if name != "AR-SGD"]
     return cases
+
+
+def rounds() -> list[Case]:
+    """The same with as many rounds as the paper's order of magnitude: 16 workers, 6 epochs, 117 rounds."""
+    longer = {"run.epochs": 6, "optimizer.warmup": 0.5, "optimizer.milestones": [3.0, 4.5]}
+    cases = [Case(b, "base", 16, {**settings, **longer}) for b, settings in PLAIN.items()]
+    return cases + [Case(b, "SlowMo", 16, {**slow(b, 16), **longer}) for b in PLAIN if b != "AR-SGD"]
 
 
 def tau() -> list[Case]:
@@ -388,6 +395,7 @@ def fitted_slope(points: list[tuple[float, float]]) -> float:
 
 STUDIES = {
     "bases": Study("Each base with and without SlowMo (Table 1)", bases(), "workers", accuracies),
+    "rounds": Study("Three times as many rounds, 16 workers (Table 1)", rounds(), "", accuracies),
     "tau": Study("Steps between averages, 16 workers (Figure 3)", tau(), "tau", accuracies),
     "momentum": Study("Slow momentum and slow learning rate, 16 workers", momentum(), "beta, or alpha", accuracies),
     "buffers": Study("The optimizer's buffers when a round starts, 16 workers", buffers(), "buffers", accuracies),
