@@ -292,17 +292,32 @@ COLUMNS = {
 
 
 def accuracies(study: Study, runs: dict[str, Any], seeds: int, picture: Path) -> str:
-    """A table of test accuracy, test and training loss; the figure: accuracy and training loss against x."""
-    first = next(runs[case.key(0)] for case in study.cases if case.key(0) in runs)
-    columns = {label: column for label, column in COLUMNS.items() if column[0] in first}
-    rows = [f"| workers | {study.x} | | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 4) + "|"]
+    """A table of the metrics, and what SlowMo changes, seed by seed; the figure: the metrics against x."""
+    shown = list(results(study, runs, seeds))
+    columns = {label: column for label, column in COLUMNS.items() if column[0] in shown[0][1][0]}
+    score = next(iter(columns.values()))
+    head = ["workers", *([study.x or "what"] if study.x != "workers" else []), ""]
+    head += [*columns, "SlowMo changes the first by", "seeds"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = {}
-    for case, found in results(study, runs, seeds):
+    for case, found in shown:
         cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in columns.values()]
-        rows.append(f"| {case.ranks} | {case.x} | {case.series} | {' | '.join(cells)} | {len(found)} |")
+        without = next((others for other, others in shown if is_base(other, case)), [])
+        pairs = list(zip(found, without, strict=False))
+        change = told([a[score[0]] - b[score[0]] for a, b in pairs], score[1], score[2]) if pairs else ""
+        place = [str(case.ranks), *([str(case.x)] if study.x != "workers" else []), case.series]
+        rows.append(f"| {' | '.join([*place, *cells, change, str(len(found))])} |")
         lines.setdefault(case.series, []).append((case.x, found))
     draw(study, lines, [(label, name, scale) for label, (name, scale, _) in columns.items() if name != "loss"], picture)
     return "\n".join(rows)
+
+
+def is_base(other: Case, case: Case) -> bool:
+    """Whether `other` is what `case` is without SlowMo, all else being equal."""
+    same = other.ranks == case.ranks and other.text == case.text
+    if case.series.endswith(" + SlowMo"):
+        return same and f"{other.series} + SlowMo" == case.series and other.x == case.x
+    return same and other.series == case.series and other.x == "base" and str(case.x).startswith("SlowMo")
 
 
 def draw(
