@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
@@ -223,8 +224,24 @@ def test_a_broken_image_is_named_counted_and_replaced(
         assert same([before], [after])
     for name in ("n00000000_03.JPEG", "n00000000_04.JPEG"):
         (place / "train" / "n00000000" / name).write_bytes(b"no JPEG")
-    with pytest.raises(SlowmoError, match=r"2 of 42 images cannot be decoded, the last one .*JPEG: "):
+    with pytest.raises(SlowmoError, match=r"2 of \d+ images cannot be decoded, the last one .*JPEG: "):
         list(images(place, workers).batches(order(42, 1)))
+
+
+def test_too_many_broken_images_are_told_early(tmp_path: Path) -> None:
+    """A rank that sees few of many images does not go on until it has met one in a hundred of all."""
+    place = write_folder(tmp_path / "net", 1, 1)
+    one = images(place)
+    found: Any = one.source
+    many = 300_000 // CLASSES
+    one.source = dataclasses.replace(found, names=np.tile(found.names, many), labels=np.tile(found.labels, many))
+    (place / "train" / "n00000001" / "n00000001_00.JPEG").write_bytes(b"no JPEG")
+    with pytest.raises(SlowmoError, match=r"\d\d of \d\d images cannot be decoded"):
+        list(one.batches(order(600, 1)))
+    (place / "train" / "n00000000" / "n00000000_00.JPEG").unlink()
+    (place / "train" / "n00000002" / "n00000002_00.JPEG").unlink()
+    with pytest.raises(SlowmoError, match=r"1 of 1 images cannot be decoded"):  # and there is none to take its place
+        list(images(place).batches(order(1, 1)))
 
 
 def test_a_decoder_that_dies_is_an_error(folder: Path) -> None:
@@ -411,6 +428,24 @@ def test_packing_leaves_broken_images_out(tmp_path: Path) -> None:
     (place / "val" / "n00000000" / "n00000000_00.JPEG").write_bytes(b"")
     with pytest.raises(SlowmoError, match=r"2 of 57 images in .*net are broken"):
         simulate(2, packing, place, tmp_path / "again.h5", told.append)
+
+
+def test_packing_begins_anew_where_it_was_killed_at_the_tables(folder: Path, packed: Path, tmp_path: Path) -> None:
+    whole, part = packed.read_bytes(), tmp_path / "net.h5.part"
+    for there in (0, 100, 800, 2500):
+        part.write_bytes(whole[:there] + bytes(len(whole) - there))
+        told: list[str] = []
+        simulate(1, packing, folder, tmp_path / "net.h5", told.append)
+        assert told[0].startswith("packing 42 train + 15 val images")
+        (tmp_path / "net.h5").unlink()
+
+
+def test_a_split_of_empty_images_is_one_clear_error(tmp_path: Path) -> None:
+    place = write_folder(tmp_path / "net", 1, 1)
+    for image in (place / "val").glob("*/*"):
+        cut(image, 0)
+    with pytest.raises(SlowmoError, match=r"val holds class folders and only empty images"):
+        simulate(1, packing, place, tmp_path / "net.h5")
 
 
 def test_packing_is_read_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,8 @@ def test_files_of_different_length_are_named_with_both_counts(folder: Path) -> N
     (lambda f: (f / "train.en").write_bytes(b""), r"train\.en is empty"),
     (lambda f: (f / "vocabulary.model").unlink(), r"There is no vocabulary .*vocabulary\.model"),
     (lambda f: (f / "vocabulary.model").write_bytes(b"abc"), "is not a sentencepiece model"),
+    (lambda f: (f / "vocabulary.model").write_bytes(b""), "is not a sentencepiece model"),
+    (lambda f: ((f / "vocabulary.model").unlink(), (f / "vocabulary.model").mkdir()), "cannot be read: Is a directory"),
     (lambda f: (f / "encoded").write_bytes(b""), "The encoded text cannot be kept"),
     (lambda f: (f / "train.en").write_bytes(b"\n" * 400), r"nothing to train on in .*: 0 of 400 .*; 400 have an empty"),
 ])  # fmt: skip

@@ -131,8 +131,9 @@ def _list(folder: Path, comm: Endpoint) -> tuple[list[str], dict[str, Listing]]:
         here = together(comm, partial(_sizes, folder / split, names, range(comm.rank, len(names), comm.size)))
         by_class = {c: found for told in here for c, found in told.items()}
         rows = [(os.fsencode(f"{names[c]}/{n}"), size, c) for c in range(len(names)) for n, size in by_class[c]]
-        if not rows:
-            raise SlowmoError(f"{folder / split} holds class folders and no images.", "Give the folder of the images.")
+        if not any(size for _, size, _ in rows):
+            what = "only empty images" if rows else "no images"
+            raise SlowmoError(f"{folder / split} holds class folders and {what}.", "Give the folder of the images.")
         columns = zip(*rows, strict=True)
         listings[split] = Listing(*(np.array(x, t) for x, t in zip(columns, (None, np.uint64, np.int32), strict=True)))
     return names, listings
@@ -148,7 +149,7 @@ def _sizes(place: Path, names: list[str], classes: range) -> dict[int, list[tupl
 def _begin(part: Path, classes: list[str], listings: dict[str, Listing]) -> tuple[dict[str, tuple[int, int]], bool]:
     """Rank 0: the file's tables, made or found: where in the file each split's bytes and checksums begin."""
     encoded = np.array([os.fsencode(name) for name in classes])
-    with contextlib.suppress(SlowmoError):  # none, or none of ours
+    with contextlib.suppress(SlowmoError, OSError, KeyError):  # none of ours, or killed while it was made
         if part.exists():
             with opened(part) as found:
                 if np.array_equal(found["classes"][:], encoded) and all(
@@ -185,9 +186,7 @@ def _places(file: Any, listings: dict[str, Listing]) -> dict[str, tuple[int, int
     return {s: (file[s]["bytes"].id.get_offset(), file[s]["checksum"].id.get_offset()) for s in listings}
 
 
-def _blocks(
-    images: int, comm: Endpoint, rank: int, verb: str, tell: Callable[[str], None]
-) -> Iterator[range]:  # fmt: skip
+def _blocks(images: int, comm: Endpoint, rank: int, verb: str, tell: Callable[[str], None]) -> Iterator[range]:
     """The share of `rank`, of the images' numbers, in blocks; on rank 0 a line now and then."""
     share = range(images * rank // comm.size, images * (rank + 1) // comm.size)
     started = told = time.monotonic()

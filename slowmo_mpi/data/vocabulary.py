@@ -29,15 +29,20 @@ class Vocabulary:
     """
 
     def __init__(self, file: Path):
-        if not file.exists():
-            raise SlowmoError(f"There is no vocabulary {file}.", f"Type: slowmo data vocab {file.parent}")
-        model = file.read_bytes()
+        try:
+            model = file.read_bytes()
+        except FileNotFoundError:
+            raise SlowmoError(f"There is no vocabulary {file}.", f"Type: slowmo data vocab {file.parent}") from None
+        except OSError as error:
+            raise SlowmoError(f"{file} cannot be read: {error.strerror}.", "Mend that first.") from None
         self.file, self.fingerprint = file, xxhash.xxh3_128_hexdigest(model)
         hint = f"Delete it, and type: slowmo data vocab {file.parent}"
+        pieces = _sentencepiece().SentencePieceProcessor()
         try:
-            self._pieces = _sentencepiece().SentencePieceProcessor(model_proto=model)
+            pieces.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
             raise SlowmoError(f"{file} is not a sentencepiece model.", hint) from error
+        self._pieces = pieces
         special = [self._pieces.pad_id(), self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id()]
         if special != [PAD, UNKNOWN, BEGIN, END]:
             raise SlowmoError(
