@@ -18,7 +18,7 @@ from test_resume import same_files
 from torch.nn import functional
 from worlds import Real
 
-from slowmo_mpi import config, tasks
+from slowmo_mpi import config, presets, tasks
 from slowmo_mpi.checkpoint.read import Checkpoint
 from slowmo_mpi.comm import Endpoint
 from slowmo_mpi.data import text, vocabulary
@@ -456,33 +456,11 @@ def test_values_out_of_range_are_refused(tmp_path: Path, key: str, value: float)
         make(tmp_path, **{key: value})
 
 
-SETTINGS = f"""
-[run]
-steps = 10
-log_every = 2
-eval_every = 5
-[task]
-name = "wmt16"
-batch_size = 1
-model = "small"
-vocabulary = {ENTRIES}
-max_tokens = 200
-max_length = 60
-dropout = 0.1
-[optimizer]
-name = "adam"
-lr = 2e-3
-betas = [0.9, 0.98]
-schedule = "inverse-sqrt"
-warmup = 4
-[slowmo]
-tau = 4
-beta = 0.2
-buffers = "maintain"
-[checkpoint]
-every = 5
-keep = 10
-"""
+SHORT = [
+    "run.epochs=0", "run.steps=10", "run.log_every=2", "run.eval_every=5", "run.worker=rank", "task.model=small",
+    f"task.vocabulary={ENTRIES}", "task.max_tokens=200", "task.max_length=60", "optimizer.lr=2e-3",
+    "optimizer.warmup=4", "slowmo.tau=4", "checkpoint.every=5",
+]  # fmt: skip
 TIMES = ("samples_per_s", "communication_share", "input_share", "time_s")
 
 
@@ -502,8 +480,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("algorithm", ["local", "sgp"])
 @pytest.mark.parametrize("world", ["mpi-4"], indirect=True)
 def test_four_ranks_train_and_go_on_to_the_bit(world: Real, algorithm: str, folder: Path, tmp_path: Path) -> None:
-    """Local Adam and SGP with SlowMo, buffers kept; stopped in mid-round and in mid-epoch."""
-    wanted = config.parse(SETTINGS, "a test", [f"base.algorithm={algorithm}", f'task.data="{folder}"'])
+    """What `slowmo init` gives, as Local Adam and SGP with SlowMo, buffers kept; stopped in mid-round and mid-epoch."""
+    own = [f"base.algorithm={algorithm}", f'task.data="{folder}"']
+    wanted = config.parse(presets.commented("wmt16"), "a test", [*SHORT, *own])
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for place in (whole, rest):
         place.mkdir()
