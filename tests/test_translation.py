@@ -200,6 +200,15 @@ def test_a_vocabulary_that_the_text_does_not_give_is_refused(corpus: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"f\xfcnf\n", r"^.*a\.txt, line 1, is not UTF-8: byte 0xfc at column 2\.\nMend"), (b"\n \n", "There is no text in"),
+])  # fmt: skip
+def test_text_to_learn_from_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(SlowmoError, match=message):
+        learn([tmp_path / "a.txt"], ENTRIES, tmp_path / "v.model")
+
+
 def test_of_much_text_every_second_line_is_taken(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(vocabulary, "LEARNED_FROM", 400)
     assert learn([corpus / "train.en", corpus / "train.de"], ENTRIES, tmp_path / "v.model") == 400
