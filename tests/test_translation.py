@@ -201,7 +201,8 @@ def test_a_vocabulary_that_the_text_does_not_give_is_refused(corpus: Path, tmp_p
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"f\xfcnf\n", r"^.*a\.txt, line 1, is not UTF-8: byte 0xfc at column 2\.\nMend"), (b"\n \n", "There is no text in"),
+    (b"f\xfcnf\n", r"^.*a\.txt, line 1, is not UTF-8: byte 0xfc at column 2\.\nMend"),
+    (b"\n \n", "There is no text in"),
 ])  # fmt: skip
 def test_text_to_learn_from_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
