@@ -31,6 +31,7 @@ from ..checkpoint.files import Beginning, sync, write_at
 from ..checkpoint.write import together
 from ..comm import Endpoint
 from ..errors import SlowmoError, UsageError
+from ..units import size
 from .decode import check, reason
 from .images import FORMAT, PART, SPLITS, VERSION, broken_limit, check_same, class_names, images_of, opened
 
@@ -80,16 +81,16 @@ def pack(folder: Path, file: Path, comm: Endpoint, tell: Callable[[str], None]) 
     images = sum(len(x.names) for x in listings.values())
     if comm.rank == 0:
         counts = " + ".join(f"{len(x.names):,} {split}" for split, x in listings.items())
-        size = sum(int(x.sizes.sum()) for x in listings.values())
+        total = size(sum(int(x.sizes.sum()) for x in listings.values()))
         verb = "going on with" if resumed else "packing"
-        tell(f"{verb} {counts} images of {len(classes)} classes, {size / 1e9:.3f} GB, into {part}")
+        tell(f"{verb} {counts} images of {len(classes)} classes, {total}, into {part}")
 
     with _told(part), _Copier(folder, part, listings, places) as copier, ThreadPoolExecutor(THREADS) as threads:
         started = time.monotonic()
         copied, broken = 0, 0
         for block in _blocks(images, comm, comm.rank, "copied", tell):
-            for i, (size, fault) in zip(block, threads.map(copier.copy, block), strict=True):
-                copied += size
+            for i, (count, fault) in zip(block, threads.map(copier.copy, block), strict=True):
+                copied += count
                 if fault:
                     broken += 1
                     tell(f"broken, left out: {copier.source(i)} ({fault})")
@@ -130,8 +131,8 @@ def _list(folder: Path, comm: Endpoint) -> tuple[list[str], dict[str, Listing]]:
     for split in SPLITS:
         here = together(comm, partial(_sizes, folder / split, names, range(comm.rank, len(names), comm.size)))
         by_class = {c: found for told in here for c, found in told.items()}
-        rows = [(os.fsencode(f"{names[c]}/{n}"), size, c) for c in range(len(names)) for n, size in by_class[c]]
-        if not any(size for _, size, _ in rows):
+        rows = [(os.fsencode(f"{names[c]}/{n}"), length, c) for c in range(len(names)) for n, length in by_class[c]]
+        if not any(length for _, length, _ in rows):
             what = "only empty images" if rows else "no images"
             raise SlowmoError(f"{folder / split} holds class folders and {what}.", "Give the folder of the images.")
         columns = zip(*rows, strict=True)
