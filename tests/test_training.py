@@ -361,21 +361,35 @@ def digits(comm: Endpoint, folder: Path, *overrides: str) -> dict[str, Any]:
     return train(config.parse(DIGITS, "a test", overrides), comm, folder)
 
 
+class Shown:
+    """Keeps what is told before the first step."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, lines: list[str], first: int, steps: int) -> None:
+        self.lines = lines
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("worker, words", [("2", "2 to a worker, on cpu"), ("node", "all one worker (run.worker), on")])
+def test_how_ranks_make_workers_is_told(worker: str, words: str, tmp_path: Path) -> None:
+    """A recipe whose workers are nodes has nobody to exchange with on one host."""
+    shown = Shown()
+    settings = config.parse(DIGITS, "a test", [f"run.worker={worker}", "run.epochs=0", "run.steps=1"])
+    simulate(4, lambda comm: train(settings, comm, tmp_path, shown if comm.rank == 0 else None))
+    assert [line for line in shown.lines if line.startswith(f"4 ranks, simulated, {words}")]
+
+
 def test_every_key_of_compute_reaches_the_loop(tmp_path: Path, graphs: Any) -> None:
     keys = ["precision=bfloat16", "accumulate=3", "compile=true", "channels_last=true"]
-    told: list[str] = []
-
-    class Shown:
-        def start(self, lines: list[str], first: int, steps: int) -> None:
-            told.extend(lines)
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
+    shown = Shown()
     overrides = [f"compute.{key}" for key in keys] + ["optimizer.clip_norm=0.01", "run.epochs=0", "run.steps=2"]
-    simulate(1, lambda comm: train(config.parse(DIGITS, "a test", overrides), comm, tmp_path, Shown()))
+    simulate(1, lambda comm: train(config.parse(DIGITS, "a test", overrides), comm, tmp_path, shown))
     line = "bfloat16 autocast, 3 micro-batches per step, compiled, channels last, gradient clipped to norm 0.01"
-    assert line in told
+    assert line in shown.lines
     assert graphs["stats"]["unique_graphs"] > 0
     records = lines(tmp_path)
     assert records[0]["grad_norm"] > 0.01
