@@ -219,6 +219,17 @@ def test_precision_is_that_of_the_products_alone() -> None:
         assert r["w"].dtype == torch.float32 and float(r["w"][0]) == -0.125
 
 
+def test_the_model_is_measured_in_the_precision_it_is_trained_in() -> None:
+    def program(comm: Endpoint) -> set[torch.dtype]:
+        task = Slope()
+        task.test = Rows()  # type: ignore[assignment]
+        worker = SlowMo(task.model, torch.optim.SGD(task.model.parameters(), lr=0.5), comm, Local())
+        evaluate(InnerStep(task, worker, Compute(precision="bfloat16"), 0.0), workers=True)
+        return {dtype for _, dtype in task.seen}
+
+    assert simulate(2, program) == [{torch.bfloat16}] * 2
+
+
 @TWO
 @pytest.mark.parametrize("base", [AllReduce(), SGP()], ids=lambda b: type(b).__name__)
 def test_micro_batches_are_one_step_and_communicate_once(world: Simulated | Real, base: Base) -> None:
