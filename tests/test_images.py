@@ -6,6 +6,7 @@ import dataclasses
 import io
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from test_resume import begin, go_on, lines, same_files
 from worlds import Real
 
 from slowmo_mpi import config, presets, simulate, tasks
-from slowmo_mpi.data import loader, pack
+from slowmo_mpi.data import decode, loader, pack
 from slowmo_mpi.data.images import source
 from slowmo_mpi.data.loader import Images
 from slowmo_mpi.errors import DONE, SlowmoError, UsageError
@@ -189,6 +190,24 @@ def test_batches_are_the_same_whoever_decodes(folder: Path, packed: Path) -> Non
     shuffled = torch.randperm(42)
     (everything, _), (mixed, _) = images(folder).batches([(3, torch.arange(42)), (3, shuffled)])
     assert torch.equal(everything[shuffled], mixed)
+
+
+def test_random_crops_are_of_all_sizes_and_mirrored_half_of_the_time() -> None:
+    """Red tells how far right a pixel was, green how far down: so each crop's place can be read off."""
+    wide, high, side = 250, 200, 25
+    y, x = np.mgrid[:high, :wide]
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    shares, ratios, mirrored = [], [], []
+    for n in range(400):
+        found = np.frombuffer(decode.crop(image, side, random.Random(n)), np.uint8).reshape(side, side, 3).astype(float)
+        across, down = (found[0, -1, 0] - found[0, 0, 0], found[-1, 0, 1] - found[0, 0, 1])
+        w, h = (abs(d) * side / (side - 1) for d in (across, down))
+        shares.append(w * h / (wide * high))
+        ratios.append(w / h)
+        mirrored.append(across < 0)
+    assert 0.07 < min(shares) < 0.12 and 0.9 < max(shares) < 1.02 and 0.4 < np.mean(shares) < 0.55  # few large ones fit
+    assert 0.72 < min(ratios) < 0.78 and 1.28 < max(ratios) < 1.4
+    assert 160 < sum(mirrored) < 240
 
 
 def test_the_centre_is_what_resizing_and_cutting_gives(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import struct
 import subprocess
@@ -356,6 +357,11 @@ def test_parameters_are_as_many_as_in_the_literature(name: str, entries: int, pa
         model = Transformer(SIZES[name], entries, 0.1)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert not list(model.buffers())
+
+
+def test_positions_are_sines_and_cosines_from_wavelength_2_pi_to_20000_pi() -> None:
+    wanted = [[f(p * r) for f in (math.sin, math.cos) for r in (1.0, 0.01, 0.0001)] for p in (3, 4)]
+    torch.testing.assert_close(transformer.sinusoids(3, 5, 6, torch.device("cpu")), torch.tensor(wanted))
 
 
 def tiny(entries: int = 8, seed: int = 0) -> Transformer:
