@@ -60,7 +60,7 @@ class GradientAverage:
         for hook in self._hooks:
             hook.remove()
 
-    def finish(self) -> None:
+    def complete(self) -> None:
         """Average whatever was not averaged when `backward()` ended, as where gradients were set by hand.
 
         Afterwards a parameter that no rank used has no gradient, as torch has it: else momentum and weight decay
@@ -70,6 +70,10 @@ class GradientAverage:
             if not self._under_way:
                 self._begin()
             self._end_of_backward()
+
+    def finish(self) -> None:
+        """The same, and the gradients that come next are others."""
+        self.complete()
         self._finished = False
 
     def _begin(self) -> None:

@@ -83,6 +83,7 @@ class InnerStep:
         if self._scaler is not None:
             self._scaler.unscale_(worker.optimizer)
         if self._clip_norm:
+            worker.average_gradients()  # those of compute.vmap, which no `backward()` has averaged
             means["grad_norm"] = nn.utils.clip_grad_norm_(worker.model.parameters(), self._clip_norm)
         worker.step(self._scaler)
         if self._scaler is not None:

@@ -80,7 +80,7 @@ ALLREDUCE = "base.algorithm=allreduce slowmo.tau=0"
 RECIPES = {
     "cifar10": Recipe(
         "ResNet-18 on CIFAR-10: 32 workers of one GPU, global batch 4096.",
-        "srun -n 32 slowmo train THIS_FILE",
+        "srun --mpi=pmix -n 32 slowmo train THIS_FILE",
         "accuracy",
         (
             ("SGP + SlowMo", "94.32", ""),
@@ -94,7 +94,7 @@ RECIPES = {
     ),
     "imagenet": Recipe(
         "ResNet-50 on ImageNet: 32 workers, each a node of 8 GPUs, global batch 8192.",
-        "srun -N 32 --ntasks-per-node=8 slowmo train THIS_FILE",
+        "srun --mpi=pmix -N 32 --ntasks-per-node=8 slowmo train THIS_FILE",
         "accuracy",
         (
             ("SGP + SlowMo", "75.73", ""),
@@ -111,7 +111,7 @@ RECIPES = {
     ),
     "wmt16": Recipe(
         "Transformer big on WMT'16 English-German: 8 workers, each a node of 8 GPUs, about 200,000 tokens per step.",
-        "srun -N 8 --ntasks-per-node=8 slowmo train THIS_FILE",
+        "srun --mpi=pmix -N 8 --ntasks-per-node=8 slowmo train THIS_FILE",
         "BLEU",
         (
             ("SGP + SlowMo", "27.84", ""),

@@ -355,7 +355,8 @@ def _introduction(config: Config, worker: SlowMo, shards: Shards, total: int, th
     simulated = "" if isinstance(comm, Communicator) else ", simulated"
     where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
     if worker.team.ranks > 1:
-        where += f", {worker.team.ranks} to a worker,"
+        alone = worker.team.across.size == 1
+        where += ", all one worker (run.worker)," if alone else f", {worker.team.ranks} to a worker,"
     return [
         f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
         f"{config.task.batch_size} x {comm.size} samples per step",

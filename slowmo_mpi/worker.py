@@ -155,6 +155,13 @@ class SlowMo:
             if self._gradients is not None:
                 self._gradients.waits = False
 
+    def average_gradients(self) -> None:
+        """Average gradients that were set by hand, so that they can be clipped: `backward()` has averaged its own, and
+        `step()` averages what nobody has.
+        """
+        if self._gradients is not None:
+            self._gradients.complete()
+
     @torch.no_grad()
     def drain(self) -> None:
         """Take in everything in flight; call it after the last step, and before you use this worker's own weights.

@@ -77,7 +77,7 @@ def test_a_run_is_the_same_to_rounding(tmp_path: Path, base: str) -> None:
         text = f"""
             run = {{ steps = 14, log_every = 7 }}
             task = {{ name = "digits", batch_size = 16 }}
-            optimizer = {{ lr = 0.05, momentum = 0.9, clip_norm = 5.0 }}
+            optimizer = {{ lr = 0.05, momentum = 0.9, clip_norm = 0.5 }}
             base = {{ algorithm = "{base}", topology = "{graph}" }}
             slowmo = {{ tau = 4 }}
             compute = {{ vmap = {vmap}, accumulate = 2 }}

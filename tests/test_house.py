@@ -38,7 +38,7 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["shipped", "start", "trace"],
+    ["shipped", "start", "trace", "units"],
     ["errors", "__init__"],
 ]
 HEAVY = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from PIL import Image
 from test_resume import begin, go_on, lines, same_files
 from worlds import Real
 
-from slowmo_mpi import config, simulate, tasks
-from slowmo_mpi.data import loader, pack
+from slowmo_mpi import config, presets, simulate, tasks
+from slowmo_mpi.data import decode, loader, pack
 from slowmo_mpi.data.images import source
 from slowmo_mpi.data.loader import Images
 from slowmo_mpi.errors import DONE, SlowmoError, UsageError
@@ -190,6 +192,24 @@ def test_batches_are_the_same_whoever_decodes(folder: Path, packed: Path) -> Non
     assert torch.equal(everything[shuffled], mixed)
 
 
+def test_random_crops_are_of_all_sizes_and_mirrored_half_of_the_time() -> None:
+    """Red tells how far right a pixel was, green how far down: so each crop's place can be read off."""
+    wide, high, side = 250, 200, 25
+    y, x = np.mgrid[:high, :wide]
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    shares, ratios, mirrored = [], [], []
+    for n in range(400):
+        found = np.frombuffer(decode.crop(image, side, random.Random(n)), np.uint8).reshape(side, side, 3).astype(float)
+        across, down = (found[0, -1, 0] - found[0, 0, 0], found[-1, 0, 1] - found[0, 0, 1])
+        w, h = (abs(d) * side / (side - 1) for d in (across, down))
+        shares.append(w * h / (wide * high))
+        ratios.append(w / h)
+        mirrored.append(across < 0)
+    assert 0.07 < min(shares) < 0.12 and 0.9 < max(shares) < 1.02 and 0.4 < np.mean(shares) < 0.55  # few large ones fit
+    assert 0.72 < min(ratios) < 0.78 and 1.28 < max(ratios) < 1.4
+    assert 160 < sum(mirrored) < 240
+
+
 def test_the_centre_is_what_resizing_and_cutting_gives(folder: Path) -> None:
     one = images(folder, augment=False)
     with Image.open(one.source.name(0)) as image:
@@ -223,8 +243,24 @@ def test_a_broken_image_is_named_counted_and_replaced(
         assert same([before], [after])
     for name in ("n00000000_03.JPEG", "n00000000_04.JPEG"):
         (place / "train" / "n00000000" / name).write_bytes(b"no JPEG")
-    with pytest.raises(SlowmoError, match=r"2 of 42 images cannot be decoded, the last one .*JPEG: "):
+    with pytest.raises(SlowmoError, match=r"2 of \d+ images cannot be decoded, the last one .*JPEG: "):
         list(images(place, workers).batches(order(42, 1)))
+
+
+def test_too_many_broken_images_are_told_early(tmp_path: Path) -> None:
+    """A rank that sees few of many images does not go on until it has met one in a hundred of all."""
+    place = write_folder(tmp_path / "net", 1, 1)
+    one = images(place)
+    found: Any = one.source
+    many = 300_000 // CLASSES
+    one.source = dataclasses.replace(found, names=np.tile(found.names, many), labels=np.tile(found.labels, many))
+    (place / "train" / "n00000001" / "n00000001_00.JPEG").write_bytes(b"no JPEG")
+    with pytest.raises(SlowmoError, match=r"\d\d of \d\d images cannot be decoded"):
+        list(one.batches(order(600, 1)))
+    (place / "train" / "n00000000" / "n00000000_00.JPEG").unlink()
+    (place / "train" / "n00000002" / "n00000002_00.JPEG").unlink()
+    with pytest.raises(SlowmoError, match=r"1 of 1 images cannot be decoded"):  # and there is none to take its place
+        list(images(place).batches(order(1, 1)))
 
 
 def test_a_decoder_that_dies_is_an_error(folder: Path) -> None:
@@ -413,6 +449,24 @@ def test_packing_leaves_broken_images_out(tmp_path: Path) -> None:
         simulate(2, packing, place, tmp_path / "again.h5", told.append)
 
 
+def test_packing_begins_anew_where_it_was_killed_at_the_tables(folder: Path, packed: Path, tmp_path: Path) -> None:
+    whole, part = packed.read_bytes(), tmp_path / "net.h5.part"
+    for there in (0, 100, 800, 2500):
+        part.write_bytes(whole[:there] + bytes(len(whole) - there))
+        told: list[str] = []
+        simulate(1, packing, folder, tmp_path / "net.h5", told.append)
+        assert told[0].startswith("packing 42 train + 15 val images")
+        (tmp_path / "net.h5").unlink()
+
+
+def test_a_split_of_empty_images_is_one_clear_error(tmp_path: Path) -> None:
+    place = write_folder(tmp_path / "net", 1, 1)
+    for image in (place / "val").glob("*/*"):
+        cut(image, 0)
+    with pytest.raises(SlowmoError, match=r"val holds class folders and only empty images"):
+        simulate(1, packing, place, tmp_path / "net.h5")
+
+
 def test_packing_is_read_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that gives other bytes than were written is found out, and a second packing mends it."""
     file, plain = tmp_path / "net.h5", pack._Copier.sync
@@ -462,39 +516,28 @@ def test_slowmo_data_pack(folder: Path, packed: Path, mpirun: str, environment: 
 
 
 # ---- the recipes, end to end ----
-RECIPE = """
-[run]
-epochs = 2
-log_every = 3
-[optimizer]
-lr = 0.05
-momentum = 0.9
-nesterov = true
-[slowmo]
-tau = 2
-beta = 0.3
-[checkpoint]
-every = 1
-keep = 100
-[task]
-"""
+SHORT = ["run.epochs=2", "run.log_every=3", "slowmo.tau=2", "checkpoint.every=1", "checkpoint.keep=100"]
 
 
 @pytest.mark.parametrize("world", ["mpi-4"], indirect=True)
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_a_recipe_runs_and_resumes_to_the_bit(world: Real, name: str, packed: Path, tmp_path: Path) -> None:
-    """4 real ranks, checkpoints; resumed in the middle of an epoch: model, checkpoint and metrics as in one go."""
+    """What `slowmo init` gives, on 4 real ranks, with checkpoints; imagenet's workers are of two ranks each.
+
+    Resumed in the middle of an epoch: model, checkpoint and metrics as in one go.
+    """
     if name == "cifar10":
         place = write_cifar(tmp_path / "cifar")
         own = ["task.width=4", "task.batch_size=6", "task.label_smoothing=0.1"]  # 5 steps per epoch
     else:
         place, own = packed, ["task.classes=3", "task.image=32", "task.width=2", "task.workers=1", "task.batch_size=2"]
-    wanted = config.parse(RECIPE, "a test", [f"task.name={name}", f"task.data={place}", *own])
+        own += ["run.worker=2"]
+    wanted = config.parse(presets.commented(name), "a test", [*SHORT, f"task.data={place}", *own])
     whole, here = tmp_path / "whole", tmp_path / "here"
     for made in (whole, here):
         made.mkdir()
     last = world.run(begin, wanted, whole)[0]
-    assert {"loss", "accuracy"} <= set(last) and ("top5" in last) == (name == "cifar10")
+    assert {"loss", "accuracy", "accuracy_min"} <= set(last) and ("top5" in last) == (name == "cifar10")
     records = lines(whole)
     steps = records[-1]["step"]
     assert steps == 10 and [r["step"] for r in records if r["kind"] == "eval"] == [5, 10]

@@ -201,7 +201,7 @@ def test_damaged_lines_are_told_once_and_left_out(runs: Path) -> None:
     lines = path.read_text().splitlines()
     lines[1] = lines[1][:40]
     lines[3] = "\0" * 100
-    lines[4] = "[1, 2]"
+    lines[4] = '{"kind": "train", "step": true}'
     path.write_text("\n".join(lines) + "\n" + '{"kind": "train", "st')  # and half a last line
     run = read(runs / "sgp")
     assert len(run.records) == len(lines) - 3

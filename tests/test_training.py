@@ -219,6 +219,17 @@ def test_precision_is_that_of_the_products_alone() -> None:
         assert r["w"].dtype == torch.float32 and float(r["w"][0]) == -0.125
 
 
+def test_the_model_is_measured_in_the_precision_it_is_trained_in() -> None:
+    def program(comm: Endpoint) -> set[torch.dtype]:
+        task = Slope()
+        task.test = Rows()  # type: ignore[assignment]
+        worker = SlowMo(task.model, torch.optim.SGD(task.model.parameters(), lr=0.5), comm, Local())
+        evaluate(InnerStep(task, worker, Compute(precision="bfloat16"), 0.0), workers=True)
+        return {dtype for _, dtype in task.seen}
+
+    assert simulate(2, program) == [{torch.bfloat16}] * 2
+
+
 @TWO
 @pytest.mark.parametrize("base", [AllReduce(), SGP()], ids=lambda b: type(b).__name__)
 def test_micro_batches_are_one_step_and_communicate_once(world: Simulated | Real, base: Base) -> None:
@@ -361,21 +372,35 @@ def digits(comm: Endpoint, folder: Path, *overrides: str) -> dict[str, Any]:
     return train(config.parse(DIGITS, "a test", overrides), comm, folder)
 
 
+class Shown:
+    """Keeps what is told before the first step."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, lines: list[str], first: int, steps: int) -> None:
+        self.lines = lines
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("worker, words", [("2", "2 to a worker, on cpu"), ("node", "all one worker (run.worker), on")])
+def test_how_ranks_make_workers_is_told(worker: str, words: str, tmp_path: Path) -> None:
+    """A recipe whose workers are nodes has nobody to exchange with on one host."""
+    shown = Shown()
+    settings = config.parse(DIGITS, "a test", [f"run.worker={worker}", "run.epochs=0", "run.steps=1"])
+    simulate(4, lambda comm: train(settings, comm, tmp_path, shown if comm.rank == 0 else None))
+    assert [line for line in shown.lines if line.startswith(f"4 ranks, simulated, {words}")]
+
+
 def test_every_key_of_compute_reaches_the_loop(tmp_path: Path, graphs: Any) -> None:
     keys = ["precision=bfloat16", "accumulate=3", "compile=true", "channels_last=true"]
-    told: list[str] = []
-
-    class Shown:
-        def start(self, lines: list[str], first: int, steps: int) -> None:
-            told.extend(lines)
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
+    shown = Shown()
     overrides = [f"compute.{key}" for key in keys] + ["optimizer.clip_norm=0.01", "run.epochs=0", "run.steps=2"]
-    simulate(1, lambda comm: train(config.parse(DIGITS, "a test", overrides), comm, tmp_path, Shown()))
+    simulate(1, lambda comm: train(config.parse(DIGITS, "a test", overrides), comm, tmp_path, shown))
     line = "bfloat16 autocast, 3 micro-batches per step, compiled, channels last, gradient clipped to norm 0.01"
-    assert line in told
+    assert line in shown.lines
     assert graphs["stats"]["unique_graphs"] > 0
     records = lines(tmp_path)
     assert records[0]["grad_norm"] > 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from test_resume import same_files
 from torch.nn import functional
 from worlds import Real
 
-from slowmo_mpi import config, tasks
+from slowmo_mpi import config, presets, tasks
 from slowmo_mpi.checkpoint.read import Checkpoint
 from slowmo_mpi.comm import Endpoint
 from slowmo_mpi.data import text, vocabulary
@@ -105,6 +106,8 @@ def test_files_of_different_length_are_named_with_both_counts(folder: Path) -> N
     (lambda f: (f / "train.en").write_bytes(b""), r"train\.en is empty"),
     (lambda f: (f / "vocabulary.model").unlink(), r"There is no vocabulary .*vocabulary\.model"),
     (lambda f: (f / "vocabulary.model").write_bytes(b"abc"), "is not a sentencepiece model"),
+    (lambda f: (f / "vocabulary.model").write_bytes(b""), "is not a sentencepiece model"),
+    (lambda f: ((f / "vocabulary.model").unlink(), (f / "vocabulary.model").mkdir()), "cannot be read: Is a directory"),
     (lambda f: (f / "encoded").write_bytes(b""), "The encoded text cannot be kept"),
     (lambda f: (f / "train.en").write_bytes(b"\n" * 400), r"nothing to train on in .*: 0 of 400 .*; 400 have an empty"),
 ])  # fmt: skip
@@ -196,6 +199,16 @@ def test_a_vocabulary_that_the_text_does_not_give_is_refused(corpus: Path, tmp_p
     with pytest.raises(UsageError, match=r"No vocabulary of 9,000 entries can be learned from 400 lines: .*too high"):
         learn([corpus / "train.en"], 9000, tmp_path / "v.model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"f\xfcnf\n", r"^.*a\.txt, line 1, is not UTF-8: byte 0xfc at column 2\.\nMend"),
+    (b"\n \n", "There is no text in"),
+])  # fmt: skip
+def test_text_to_learn_from_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(SlowmoError, match=message):
+        learn([tmp_path / "a.txt"], ENTRIES, tmp_path / "v.model")
 
 
 def test_of_much_text_every_second_line_is_taken(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -346,6 +359,11 @@ def test_parameters_are_as_many_as_in_the_literature(name: str, entries: int, pa
     assert not list(model.buffers())
 
 
+def test_positions_are_sines_and_cosines_from_wavelength_2_pi_to_20000_pi() -> None:
+    wanted = [[f(p * r) for f in (math.sin, math.cos) for r in (1.0, 0.01, 0.0001)] for p in (3, 4)]
+    torch.testing.assert_close(transformer.sinusoids(3, 5, 6, torch.device("cpu")), torch.tensor(wanted))
+
+
 def tiny(entries: int = 8, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(Size(16, 32, 2, 2), entries, 0.1).eval()
@@ -454,33 +472,11 @@ def test_values_out_of_range_are_refused(tmp_path: Path, key: str, value: float)
         make(tmp_path, **{key: value})
 
 
-SETTINGS = f"""
-[run]
-steps = 10
-log_every = 2
-eval_every = 5
-[task]
-name = "wmt16"
-batch_size = 1
-model = "small"
-vocabulary = {ENTRIES}
-max_tokens = 200
-max_length = 60
-dropout = 0.1
-[optimizer]
-name = "adam"
-lr = 2e-3
-betas = [0.9, 0.98]
-schedule = "inverse-sqrt"
-warmup = 4
-[slowmo]
-tau = 4
-beta = 0.2
-buffers = "maintain"
-[checkpoint]
-every = 5
-keep = 10
-"""
+SHORT = [
+    "run.epochs=0", "run.steps=10", "run.log_every=2", "run.eval_every=5", "run.worker=rank", "task.model=small",
+    f"task.vocabulary={ENTRIES}", "task.max_tokens=200", "task.max_length=60", "optimizer.lr=2e-3",
+    "optimizer.warmup=4", "slowmo.tau=4", "checkpoint.every=5",
+]  # fmt: skip
 TIMES = ("samples_per_s", "communication_share", "input_share", "time_s")
 
 
@@ -500,8 +496,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("algorithm", ["local", "sgp"])
 @pytest.mark.parametrize("world", ["mpi-4"], indirect=True)
 def test_four_ranks_train_and_go_on_to_the_bit(world: Real, algorithm: str, folder: Path, tmp_path: Path) -> None:
-    """Local Adam and SGP with SlowMo, buffers kept; stopped in mid-round and in mid-epoch."""
-    wanted = config.parse(SETTINGS, "a test", [f"base.algorithm={algorithm}", f'task.data="{folder}"'])
+    """What `slowmo init` gives, as Local Adam and SGP with SlowMo, buffers kept; stopped in mid-round and mid-epoch."""
+    own = [f"base.algorithm={algorithm}", f'task.data="{folder}"']
+    wanted = config.parse(presets.commented("wmt16"), "a test", [*SHORT, *own])
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for place in (whole, rest):
         place.mkdir()

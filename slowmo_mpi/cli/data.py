@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from ..units import size
 from .data_vocab import vocab
-from .plan import size
 from .say import note
 
 PACK_TIMEOUT_S = 86_400.0  # ranks end their shares of a slow file system hours apart

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from ..units import size
 from .say import config_argument
 
 
@@ -52,12 +53,3 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         rows.append(("graph", f"{p.topology}: {mixing}"))
     for name, value in rows:
         click.echo(f"{name:<28}{value}")
-
-
-def size(count: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -59,7 +59,7 @@ def report(
         click.echo(export.csv_text(comparison), nl=False)
     elif board is not None:
         export.tensorboard(comparison, board)
-        note(f"wrote a folder for each of {len(comparison.runs)} runs; look at them with: tensorboard --logdir {board}")
+        note(f"wrote event files, a folder for each run; look at them with: tensorboard --logdir {board}")
     else:
         click.echo(table.text(comparison))
         _draw(comparison, output)
@@ -69,11 +69,11 @@ def _draw(comparison: Comparison, output: Path) -> None:
     """Pictures and page, once the table has been printed."""
     from ..report import figures, page
 
-    if not any(run.records for run in comparison.runs):
+    drawn = figures.figures(comparison)
+    if not drawn:
         note("no run has written a metric yet: there is nothing to draw")
         return
     try:
-        drawn = figures.figures(comparison)
         text = page.page(
             comparison, drawn, "Comparison of runs" if len(comparison.runs) > 1 else comparison.runs[0].name
         )

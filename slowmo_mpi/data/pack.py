@@ -31,6 +31,7 @@ from ..checkpoint.files import Beginning, sync, write_at
 from ..checkpoint.write import together
 from ..comm import Endpoint
 from ..errors import SlowmoError, UsageError
+from ..units import size
 from .decode import check, reason
 from .images import FORMAT, PART, SPLITS, VERSION, broken_limit, check_same, class_names, images_of, opened
 
@@ -80,16 +81,16 @@ def pack(folder: Path, file: Path, comm: Endpoint, tell: Callable[[str], None]) 
     images = sum(len(x.names) for x in listings.values())
     if comm.rank == 0:
         counts = " + ".join(f"{len(x.names):,} {split}" for split, x in listings.items())
-        size = sum(int(x.sizes.sum()) for x in listings.values())
+        total = size(sum(int(x.sizes.sum()) for x in listings.values()))
         verb = "going on with" if resumed else "packing"
-        tell(f"{verb} {counts} images of {len(classes)} classes, {size / 1e9:.3f} GB, into {part}")
+        tell(f"{verb} {counts} images of {len(classes)} classes, {total}, into {part}")
 
     with _told(part), _Copier(folder, part, listings, places) as copier, ThreadPoolExecutor(THREADS) as threads:
         started = time.monotonic()
         copied, broken = 0, 0
         for block in _blocks(images, comm, comm.rank, "copied", tell):
-            for i, (size, fault) in zip(block, threads.map(copier.copy, block), strict=True):
-                copied += size
+            for i, (count, fault) in zip(block, threads.map(copier.copy, block), strict=True):
+                copied += count
                 if fault:
                     broken += 1
                     tell(f"broken, left out: {copier.source(i)} ({fault})")
@@ -130,9 +131,10 @@ def _list(folder: Path, comm: Endpoint) -> tuple[list[str], dict[str, Listing]]:
     for split in SPLITS:
         here = together(comm, partial(_sizes, folder / split, names, range(comm.rank, len(names), comm.size)))
         by_class = {c: found for told in here for c, found in told.items()}
-        rows = [(os.fsencode(f"{names[c]}/{n}"), size, c) for c in range(len(names)) for n, size in by_class[c]]
-        if not rows:
-            raise SlowmoError(f"{folder / split} holds class folders and no images.", "Give the folder of the images.")
+        rows = [(os.fsencode(f"{names[c]}/{n}"), length, c) for c in range(len(names)) for n, length in by_class[c]]
+        if not any(length for _, length, _ in rows):
+            what = "only empty images" if rows else "no images"
+            raise SlowmoError(f"{folder / split} holds class folders and {what}.", "Give the folder of the images.")
         columns = zip(*rows, strict=True)
         listings[split] = Listing(*(np.array(x, t) for x, t in zip(columns, (None, np.uint64, np.int32), strict=True)))
     return names, listings
@@ -148,7 +150,7 @@ def _sizes(place: Path, names: list[str], classes: range) -> dict[int, list[tupl
 def _begin(part: Path, classes: list[str], listings: dict[str, Listing]) -> tuple[dict[str, tuple[int, int]], bool]:
     """Rank 0: the file's tables, made or found: where in the file each split's bytes and checksums begin."""
     encoded = np.array([os.fsencode(name) for name in classes])
-    with contextlib.suppress(SlowmoError):  # none, or none of ours
+    with contextlib.suppress(SlowmoError, OSError, KeyError):  # none of ours, or killed while it was made
         if part.exists():
             with opened(part) as found:
                 if np.array_equal(found["classes"][:], encoded) and all(
@@ -185,9 +187,7 @@ def _places(file: Any, listings: dict[str, Listing]) -> dict[str, tuple[int, int
     return {s: (file[s]["bytes"].id.get_offset(), file[s]["checksum"].id.get_offset()) for s in listings}
 
 
-def _blocks(
-    images: int, comm: Endpoint, rank: int, verb: str, tell: Callable[[str], None]
-) -> Iterator[range]:  # fmt: skip
+def _blocks(images: int, comm: Endpoint, rank: int, verb: str, tell: Callable[[str], None]) -> Iterator[range]:
     """The share of `rank`, of the images' numbers, in blocks; on rank 0 a line now and then."""
     share = range(images * rank // comm.size, images * (rank + 1) // comm.size)
     started = told = time.monotonic()

@@ -29,15 +29,20 @@ class Vocabulary:
     """
 
     def __init__(self, file: Path):
-        if not file.exists():
-            raise SlowmoError(f"There is no vocabulary {file}.", f"Type: slowmo data vocab {file.parent}")
-        model = file.read_bytes()
+        try:
+            model = file.read_bytes()
+        except FileNotFoundError:
+            raise SlowmoError(f"There is no vocabulary {file}.", f"Type: slowmo data vocab {file.parent}") from None
+        except OSError as error:
+            raise SlowmoError(f"{file} cannot be read: {error.strerror}.", "Mend that first.") from None
         self.file, self.fingerprint = file, xxhash.xxh3_128_hexdigest(model)
         hint = f"Delete it, and type: slowmo data vocab {file.parent}"
+        pieces = _sentencepiece().SentencePieceProcessor()
         try:
-            self._pieces = _sentencepiece().SentencePieceProcessor(model_proto=model)
+            pieces.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
             raise SlowmoError(f"{file} is not a sentencepiece model.", hint) from error
+        self._pieces = pieces
         special = [self._pieces.pad_id(), self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id()]
         if special != [PAD, UNKNOWN, BEGIN, END]:
             raise SlowmoError(
@@ -69,10 +74,15 @@ def learn(files: Sequence[Path], size: int, out: Path) -> int:
     counts = [count_lines(file) for file in files]
     every = -(-sum(counts) // LEARNED_FROM)
     model = io.BytesIO()
+    faults: list[SlowmoError] = []  # sentencepiece would wrap it in words of its own
 
     def chosen() -> Iterator[str]:
-        for file in files:
-            yield from islice(lines(file), 0, None, every)
+        try:
+            for file in files:
+                yield from islice(lines(file), 0, None, every)
+        except SlowmoError as error:
+            faults.append(error)
+            raise
 
     try:
         _sentencepiece().SentencePieceTrainer.train(
@@ -81,7 +91,12 @@ def learn(files: Sequence[Path], size: int, out: Path) -> int:
             pad_id=PAD, unk_id=UNKNOWN, bos_id=BEGIN, eos_id=END, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip() or str(error)
+        if faults:
+            raise faults[0] from None
+        reason = str(error).rpartition("] ")[2].strip()
+        if not reason:  # nothing behind the condition that failed: that there are sentences, that they have letters
+            names = " and ".join(map(str, files))
+            raise UsageError(f"There is no text in {names}.", "Put a sentence on each line.") from None
         raise UsageError(
             f"No vocabulary of {size:,} entries can be learned from {sum(counts):,} lines: {reason}",
             "Give another --size, or more text.",

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..picture import INK, MUTED, blank, save
+from ..units import size
 from .compare import Comparison, Metric, Row, Series
 from .runs import Run
-from .table import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -252,7 +252,7 @@ def _records(path: Path) -> tuple[list[Record], list[int]]:
             continue
         try:
             record = json.loads(line)
-            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
+            if not (type(record["step"]) is int and isinstance(record["kind"], str)):
                 raise ValueError
         except (ValueError, TypeError, KeyError):
             if number < len(lines):

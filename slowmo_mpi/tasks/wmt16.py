@@ -162,6 +162,7 @@ class Translation:
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of a target token in nats, its target distribution smoothed.
 
+        Micro-batches and ranks count alike where their means are averaged, whatever their tokens.
         Also `nll`, without smoothing, and `tokens`, the target's in this batch.
         """
         log_p, nll, tokens = _log_likelihood(model, batch)
