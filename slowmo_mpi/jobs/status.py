@@ -201,13 +201,13 @@ def _progress(run: Path, s: Status) -> None:
             continue
         if record.get("kind") == "train":
             records.append(record)
+    s.steps = config.run.steps or None
     if not records:
         return
     last = records[-1]
     s.step, s.loss, s.samples_per_s = last["step"], last.get("loss"), last.get("samples_per_s")
-    s.steps = config.run.steps or (
-        round(last["step"] / last["epoch"] * config.run.epochs) if last.get("epoch") else None
-    )
+    if not s.steps and last.get("epoch"):
+        s.steps = round(last["step"] / last["epoch"] * config.run.epochs)
     first = records[-6] if len(records) > 5 else {"step": 0, "time_s": 0.0} if len(records) < 2 else records[0]
     if s.steps and last["step"] > first["step"]:
         rate = (last["time_s"] - first["time_s"]) / (last["step"] - first["step"])
