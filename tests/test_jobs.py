@@ -457,13 +457,10 @@ def test_a_warning_that_kills_ranks_is_no_fault(stubs: Stubs, command: str) -> N
     assert len(stubs.calls("scontrol")) == 1 and bool(stubs.calls(having="train")) == (command == "train")
 
 
-def test_a_warning_in_the_moment_before_the_ranks_start_is_handed_on(stubs: Stubs) -> None:
-    moment = "trap 'if [[ $BASH_COMMAND == run*train* ]]; then kill -USR1 $$; fi' DEBUG"
-    job = make(profile(stubs, launcher="openmpi", setup=[moment]))
-    stubs.replies({"name": "train", "until": "SIGUSR1", "rc": 75})
-    done = stubs.run(script.render(job))
+def test_a_warning_before_the_ranks_start_starts_none(stubs: Stubs) -> None:
+    done = stubs.run(script.render(make(profile(stubs, launcher="openmpi", setup=["kill -USR1 $$"]))))
     assert done.returncode == STOPPED_EARLY, done.stderr
-    assert len(stubs.calls("scontrol")) == 1
+    assert len(stubs.calls("scontrol")) == 1 and stubs.calls("mpirun") == []
 
 
 def test_a_full_disk_under_the_log_stops_no_requeue(stubs: Stubs) -> None:

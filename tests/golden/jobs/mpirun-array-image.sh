@@ -22,6 +22,8 @@
 #SBATCH --output=%x-%A_%a.log
 
 set -euo pipefail
+warned=''
+trap 'warned=1' USR1 USR2 # the warning; it may come while software is loaded
 
 workdir=/home/me # where slowmo job was called: relative paths of the configuration start here
 folder=/home/me/runs/digits-job-20261123-101500 # of this job: its attempts, what doctor found, the run folder
@@ -111,7 +113,7 @@ say "attempt $attempt, from step $from, in $folder"
 # ---- Train ------------------------------------------------------------------------------------------------------------
 # A warning comes as SIGUSR1: the ranks stop together, with a checkpoint, and end with code 75. SIGTERM does the same,
 # but it means that somebody wants the job to end, and so it is not started again.
-child='' interrupted='' warned='' ended=''
+child='' interrupted='' ended=''
 # shellcheck disable=SC2317,SC2329 # traps call it
 hand_on() {
   interrupted=1 warned=1
