@@ -530,6 +530,14 @@ def test_two_jobs_do_not_share_a_run(stubs: Stubs) -> None:
     assert done.returncode == DONE, done.stderr
 
 
+def test_a_mark_that_a_full_disk_left_empty_is_none(stubs: Stubs) -> None:
+    job = make(profile(stubs))
+    Path(job.folder).mkdir(parents=True)
+    (Path(job.folder) / "running").touch()
+    stubs.replies({"name": "squeue", "says": "6"})
+    assert stubs.run(script.render(job)).returncode == DONE
+
+
 @pytest.mark.parametrize(
     "scheduler, index", [("slurm", "SLURM_ARRAY_TASK_ID"), ("pbs", "PBS_ARRAY_INDEX"), ("torque", "PBS_ARRAYID")]
 )

@@ -98,12 +98,12 @@ if finished; then
   say "the run in $folder is done already"
   exit 0
 fi
-if other=$(cat "$folder/running" 2>/dev/null) && [[ $other != "$job" ]] && alive "$other"; then
+if other=$(cat "$folder/running" 2>/dev/null) && [[ $other && $other != "$job" ]] && alive "$other"; then
   say "job $other is at work in $folder; two would overwrite each other's checkpoints"
   exit 2
 fi
-echo "$job" >"$folder/running"
 trap 'rm -f "$folder/running"' EXIT
+echo "$job" >"$folder/running"
 
 attempt=$(($(count '"event": "started"') + 1))
 from=$(newest)
