@@ -836,6 +836,8 @@ def test_status_finds_a_job_by_run_folder_and_id_and_without_a_scheduler(
     assert {(s.folder, s.job, s.state, s.step) for place in places for s in status(place)} == {
         (str(folder), "12", "", 30)
     }
+    job_folder(Path("runs/other-job"), "pbs", "4711.server")
+    assert [s.job for s in status("4711")] == ["4711.server"]
     with pytest.raises(UsageError, match="no job of this id"):
         status("13")
 
@@ -925,3 +927,11 @@ def test_a_wrong_template_is_told(stubs: Stubs, text: str, told: str) -> None:
 def test_times(text: str, total_s: int) -> None:
     assert script.seconds(text, "x") == total_s
     assert script.seconds(script.clock(total_s), "x") == total_s
+
+
+def test_variables_of_the_script_that_outlive_the_sites_are_reserved() -> None:
+    """What is set before the software and not again after the site's variables."""
+    before, after = script.render(JOBS["pbs-array"]()).split("# ---- Software ")
+    _, after = after.split("# ---- Ranks ")
+    first, later = (set(re.findall(r"^(\w+)\+?=", text, re.MULTILINE)) for text in (before, after))
+    assert first - later == set(site.RESERVED)

@@ -229,5 +229,5 @@ def render(job: Job, template: str | None = None) -> str:
         raise UsageError(
             f"Template {name} extends or includes itself.", "Give it a name that none of ours has."
         ) from None
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # what its expressions may raise
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, OSError) as error:  # expressions, files
         raise UsageError(f"Template {name}: {error}.", "Mend it there.") from None

@@ -131,7 +131,7 @@ def parse(table: dict[str, Any], source: str = "the profile") -> Site:
 
 
 # Job scripts' own, which are set before and used after a site's variables.
-RESERVED = ("workdir", "folder", "config", "job", "task", "settings")
+RESERVED = ("workdir", "folder", "config", "job", "task", "settings", "warned")
 _WORDS = {
     str: "a string",
     int: "a whole number, 0 or more",
