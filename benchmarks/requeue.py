@@ -1,6 +1,6 @@
 """What becomes of a run whose time limit is far too short, and of one that loses a node in mid-run.
 
-    python benchmarks/requeue.py        (about four minutes, root; see slurmlab.py)
+    python benchmarks/requeue.py        (about eight minutes, root; see slurmlab.py)
 
 Both are jobs of `slowmo job --submit` on four nodes under a real Slurm, and both are compared with a run of four
 simulated ranks that nothing happens to: the model and all metrics but the times, bit for bit. A step takes at least

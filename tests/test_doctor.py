@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from test_netlab import SCRIPT, netlab  # noqa: F401
 
+from slowmo_mpi.cli.doctor import _Report
+from slowmo_mpi.comm.launcher import Watchdog
 from slowmo_mpi.doctor import wire
-from slowmo_mpi.doctor.checks import FAULT, OK, WARNING, conclude, differences
+from slowmo_mpi.doctor.checks import FAULT, OK, WARNING, Check, conclude, differences
 from slowmo_mpi.doctor.links import judge
 from slowmo_mpi.errors import DONE, FAULT_FOUND
 from slowmo_mpi.launch import mpirun_command
@@ -154,6 +156,18 @@ def test_hosts_that_do_not_reach_each_other_are_named(
 
 
 # ---- the parts ----
+def test_nothing_is_ready_before_the_last_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where what has started the ranks is a line of its own."""
+    with Watchdog() as watchdog:
+        report = _Report(0, False, watchdog)
+        for name in ["launcher", *NAMES[:-1]]:
+            report.add(Check(name, conclude("fine")))
+        assert report.end() == FAULT_FOUND
+        report.add(Check(NAMES[-1], conclude("fine")))
+        assert report.end(whole=True) == DONE
+    assert capsys.readouterr().err.splitlines() == ["not ready: 0 faults, 0 warnings", "ready: 0 faults, 0 warnings"]
+
+
 @pytest.mark.parametrize("players", [1, 2, 3, 4, 5, 8, 9])
 def test_in_a_tournament_everybody_meets_everybody_once(players: int) -> None:
     met = []

@@ -62,7 +62,8 @@ for reply in replies:
 else:
     reply = dict(step=40) if "train" in words else dict()
 if "step" in reply:  # a checkpoint of this step, in the run folder that the words name
-    folder = next(w for w in words if w.startswith("run.folder="))[11:] + "/trial-1/checkpoints"
+    folder = next(w for w in words if w.startswith("run.folder="))[11:] + "/" + reply.get("run", "trial-1")
+    folder += "/checkpoints"
     os.makedirs(folder, exist_ok=True)
     open(folder + "/step-%08d.h5" % reply["step"], "w").close()
     result = "done" if reply["step"] == 40 else "stopped"
@@ -447,11 +448,52 @@ def test_a_failure_is_tried_again_only_after_progress(
     assert len(stubs.calls("scontrol")) == requeued
 
 
-def test_a_warning_that_kills_doctor_is_no_fault(stubs: Stubs) -> None:
+@pytest.mark.parametrize("command", ["doctor", "train"])
+def test_a_warning_that_kills_ranks_is_no_fault(stubs: Stubs, command: str) -> None:
+    """It comes before they listen: while their Python starts, say."""
     job = make(profile(stubs))
-    stubs.replies({"name": "doctor", "rc": 138})
+    stubs.replies({"name": command, "rc": 138})
     assert stubs.run(script.render(job)).returncode == STOPPED_EARLY
-    assert len(stubs.calls("scontrol")) == 1 and stubs.calls(having="train") == []
+    assert len(stubs.calls("scontrol")) == 1 and bool(stubs.calls(having="train")) == (command == "train")
+
+
+def test_a_warning_before_the_ranks_start_starts_none(stubs: Stubs) -> None:
+    done = stubs.run(script.render(make(profile(stubs, launcher="openmpi", setup=["kill -USR1 $$"]))))
+    assert done.returncode == STOPPED_EARLY, done.stderr
+    assert len(stubs.calls("scontrol")) == 1 and stubs.calls("mpirun") == []
+
+
+def test_a_full_disk_under_the_log_stops_no_requeue(stubs: Stubs) -> None:
+    job = make(profile(stubs))
+    stubs.replies({"name": "train", "rc": 75, "step": 10})
+    Path("job.sh").write_text(script.render(job))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(["bash", "job.sh"], env=stubs.environment(), stderr=full, timeout=LIMIT_S, check=False)
+    assert (done.returncode, len(stubs.calls("scontrol"))) == (STOPPED_EARLY, 1)
+
+
+def test_a_name_that_begins_with_a_dot_is_one(stubs: Stubs) -> None:
+    job = make(profile(stubs), "run.name=.trial")
+    stubs.replies(
+        {"name": "train", "rc": 75, "step": 10, "run": ".trial-1"}, {"name": "train", "step": 40, "run": ".trial-1"}
+    )
+    assert [stubs.run(script.render(job)).returncode for _ in range(2)] == [STOPPED_EARLY, DONE]
+
+
+def test_a_missing_mpirun_or_scheduler_is_told(stubs: Stubs) -> None:
+    done = stubs.run(script.render(make(profile(stubs, launcher="openmpi", environment={"PATH": "/nowhere"}))))
+    assert (done.returncode, "no mpirun on PATH" in done.stderr) == (FAILED, True), done.stderr
+    for scheduler, launcher in (("slurm", "srun"), ("pbs", "pals")):
+        text = script.render(make(profile(stubs, scheduler=scheduler, launcher=launcher)))
+        done = subprocess.run(["bash", "-c", text], env={"PATH": "/bin"}, capture_output=True, text=True, check=False)
+        assert done.returncode != DONE and "this is a script for" in done.stderr
+
+
+def test_the_profile_has_the_last_word_on_threads(stubs: Stubs) -> None:
+    environment = {"OMP_NUM_THREADS": "3"}
+    for keys in ({}, {"scheduler": "none", "launcher": "slowmo"}):
+        text = script.render(make(profile(stubs, cores_per_node=8, environment=environment, **keys)))
+        assert re.findall("export OMP_NUM_THREADS=(.*)", text) == ["3"]
 
 
 @pytest.mark.parametrize("number, requeued", [(signal.SIGUSR1, True), (signal.SIGUSR2, True), (signal.SIGTERM, False)])
@@ -488,6 +530,14 @@ def test_two_jobs_do_not_share_a_run(stubs: Stubs) -> None:
     assert done.returncode == DONE, done.stderr
 
 
+def test_a_mark_that_a_full_disk_left_empty_is_none(stubs: Stubs) -> None:
+    job = make(profile(stubs))
+    Path(job.folder).mkdir(parents=True)
+    (Path(job.folder) / "running").touch()
+    stubs.replies({"name": "squeue", "says": "6"})
+    assert stubs.run(script.render(job)).returncode == DONE
+
+
 @pytest.mark.parametrize(
     "scheduler, index", [("slurm", "SLURM_ARRAY_TASK_ID"), ("pbs", "PBS_ARRAY_INDEX"), ("torque", "PBS_ARRAYID")]
 )
@@ -516,6 +566,7 @@ def test_each_task_of_a_sweep_has_its_settings_and_folder(stubs: Stubs, schedule
 def test_sweeps_are_read_from_the_command_line_and_from_files(stubs: Stubs) -> None:
     assert script.sweep(()) == ()
     assert script.sweep(("a.b=1,2",)) == (("a.b=1",), ("a.b=2",))
+    assert len(script.sweep((f"a.b={','.join(map(str, range(100)))}",))) == 100, "longer than a file's name may be"
     assert script.sweep(("optimizer.betas=[0.9,0.99],[0.8,0.9]",))[1] == ("optimizer.betas=[0.8, 0.9]",)
     assert script.sweep(('run.name="a,b",c',)) == (('run.name="a',), ('run.name=b"',), ("run.name=c",))
     Path("sweep.txt").write_text("slowmo.tau=2 'run.name=a b'  # the first\n\nslowmo.tau=4\n")
@@ -630,6 +681,15 @@ def test_a_chain_waits_for_one_another(stubs: Stubs) -> None:
     assert words == [[], ["--dependency=afterany:1"], ["--dependency=afterany:2"]]
 
 
+def test_a_chain_that_breaks_has_printed_what_is_queued(stubs: Stubs) -> None:
+    stubs.replies({"name": "sbatch", "says": "1"}, {"name": "sbatch", "rc": 1, "says": "no more"})
+    done = slowmo("trial.toml", "--chain", "3", "--submit", stubs=stubs)
+    assert (done.returncode, done.stdout) == (FAILED, "1\n")
+    assert "sbatch refused the job: no more" in done.stderr
+    (folder,) = Path("runs").iterdir()
+    assert json.loads((folder / "job.jsonl").read_text())["job"] == "1"
+
+
 def test_a_dry_run_prints_the_commands_and_does_nothing(stubs: Stubs) -> None:
     done = slowmo("trial.toml", "--chain", "2", "--site", "slurm", "--dry-run", stubs=stubs)
     assert done.returncode == DONE
@@ -652,6 +712,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(stubs: Stubs) -> None:
     (("trial.toml", "--site", "slurm", "--partition", "a b"), "directive"),
     (("trial.toml", "--site", "slurm", "--chain", "2", "--array", "slowmo.tau=1,2"), "exclude each other"),
     (("status", "4711"), "no job of this id"),
+    (("status", "."), "no job and of no run"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_once(stubs: Stubs, words: Sequence[str], told: str) -> None:
     done = slowmo(*words)
@@ -666,6 +727,8 @@ def test_a_scheduler_that_refuses_or_is_not_there_is_told(stubs: Stubs) -> None:
     (stubs.bin / "sbatch").chmod(0o755)
     done = slowmo("trial.toml", "--submit", stubs=stubs)
     assert done.returncode == FAILED and "sbatch refused the job: sbatch: error: invalid account" in done.stderr
+    done = slowmo("trial.toml", "--submit", "--set", "run.name='a\udcff'", stubs=stubs)
+    assert done.returncode == FAILED and "cannot be made: 'utf-8' codec can't encode" in done.stderr
     done = slowmo("trial.toml", "--site", "pbs", "--submit", PATH="/usr/bin:/bin")
     assert done.returncode == FAILED and "There is no qsub on this machine" in done.stderr
 
@@ -773,6 +836,8 @@ def test_status_finds_a_job_by_run_folder_and_id_and_without_a_scheduler(
     assert {(s.folder, s.job, s.state, s.step) for place in places for s in status(place)} == {
         (str(folder), "12", "", 30)
     }
+    job_folder(Path("runs/other-job"), "pbs", "4711.server")
+    assert [s.job for s in status("4711")] == ["4711.server"]
     with pytest.raises(UsageError, match="no job of this id"):
         status("13")
 
@@ -787,6 +852,7 @@ def test_status_shows_each_task_of_a_sweep(stubs: Stubs) -> None:
     done = slowmo("status", str(folder), stubs=stubs)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["task", "1", "2", "10", "others"], done.stdout
+    assert [line.split()[2] for line in lines[1:]] == ["RUNNING", "RUNNING", "unknown", "PENDING"]
     assert "PENDING 0:00/5:00 (Resources)" in lines[-1] and "step 20, 0:00:0" in lines[1]
     shown = json.loads(slowmo("status", str(folder), "--json", stubs=stubs).stdout)
     assert [s["task"] for s in shown] == ["1", "2", "10", "others"] and shown[0]["left_s"] == 5.0
@@ -810,6 +876,7 @@ def test_our_profiles_load_and_say_what_they_are(name: str) -> None:
     ({"environment": {"A\nB": "1"}}, "cannot name a variable"),
     ({"cores_per_node": -1}, "not a whole number"),
     ({"cores_per_node": True}, "not a whole number"),
+    ({"environment": {"folder": "x"}}, "variable of the job's script"),
     ({"launcher": "slowmo"}, "does not go with"),
     ({"scheduler": "none"}, "does not go with"),
     ({"scheduler": "pbs"}, "is Slurm's"),
@@ -843,9 +910,13 @@ def test_a_template_of_ones_own_may_extend_ours(stubs: Stubs) -> None:
     ('{% extends "slrm.sh.j2" %}', "There is no template slrm.sh.j2"),
     ("{{ site.gpu }}", "gpu"),
     ("{{ name | safe }}", "No filter named 'safe'"),
+    ("{{ name + 1 }}", "can only concatenate"),
+    ("{{ 1 / 0 }}", "division by zero"),
+    ('{% extends "mine.sh.j2" %}', "extends or includes itself"),
+    ("\udcff", "can't decode"),
 ])  # fmt: skip
 def test_a_wrong_template_is_told(stubs: Stubs, text: str, told: str) -> None:
-    Path("mine.sh.j2").write_text(text)
+    Path("mine.sh.j2").write_text(text, errors="surrogateescape")
     with pytest.raises(UsageError, match=re.escape(told)):
         script.render(make(profile(stubs)), "mine.sh.j2")
 
@@ -856,3 +927,11 @@ def test_a_wrong_template_is_told(stubs: Stubs, text: str, told: str) -> None:
 def test_times(text: str, total_s: int) -> None:
     assert script.seconds(text, "x") == total_s
     assert script.seconds(script.clock(total_s), "x") == total_s
+
+
+def test_variables_of_the_script_that_outlive_the_sites_are_reserved() -> None:
+    """What is set before the software and not again after the site's variables."""
+    before, after = script.render(JOBS["pbs-array"]()).split("# ---- Software ")
+    _, after = after.split("# ---- Ranks ")
+    first, later = (set(re.findall(r"^(\w+)\+?=", text, re.MULTILINE)) for text in (before, after))
+    assert first - later == set(site.RESERVED)

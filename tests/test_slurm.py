@@ -129,6 +129,13 @@ class Story:
         records = [json.loads(line) for line in (self.folder / "job.jsonl").read_text().splitlines()]
         return [r for r in records if r["event"] == "ended"]
 
+    def status(self) -> dict[str, Any]:
+        """What `slowmo job status` says of it."""
+        done = self.cluster.run([sys.executable, "-m", "slowmo_mpi", "job", "status", str(self.folder), "--json"])
+        assert done.returncode == 0, done.stderr
+        (status,) = json.loads(done.stdout)
+        return status
+
     def until(self, true: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + LIMIT_S
         while not true():
@@ -274,6 +281,9 @@ def test_a_more_urgent_job_takes_a_node_and_gives_it_back(cluster: Cluster, tmp_
 def test_scancel_ends_a_job_with_a_checkpoint_and_for_good(cluster: Cluster, tmp_path: Path) -> None:
     story = Story(cluster, tmp_path / "job", "srun-last", "--ranks-per-node=2", slow_lives=9)
     story.under_way()
+    status = story.status()
+    assert (status["job"], status["state"], status["steps"]) == (story.job, "RUNNING", STEPS)
+    assert status["checkpoint_step"] >= EVERY and status["run"] == str(story.run)
     cluster.ask("scancel", story.job)
     story.ended("CANCELLED")
     story.until(lambda: "reason" in story.manifest, "the last checkpoint")

@@ -89,7 +89,7 @@ def make(
         raise UsageError(f"scratch = {scratch!r} has a variable that is not set here.", "Write the folder itself.")
     parent = Path(scratch, config.run.folder).absolute()
     folders = (parent / f"{config.run.name}-job-{now}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
-    folder = next(f for f in folders if not f.exists())  # several may be submitted in one second
+    folder = next(f for f in folders if not os.path.exists(f))  # several may be submitted in one second
     ranks_per_node = asked.ranks_per_node or site.ranks_per_node or site.gpus_per_node or 1
     limit = asked.time or site.time
     time_s = seconds(limit, "The time limit") if limit else 0
@@ -138,7 +138,7 @@ def sweep(specs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     axes: list[list[tuple[str, ...]]] = []
     for spec in specs:
         name, equals, values = spec.partition("=")
-        if equals and not Path(spec).is_file():
+        if equals and not os.path.isfile(spec):  # which is False, too, for what is too long to name a file
             axes.append([(f"{name.strip()}={value}",) for value in _values(values)])
             continue
         try:
@@ -225,3 +225,9 @@ def render(job: Job, template: str | None = None) -> str:
         ) from None
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"Template {error.name}, line {error.lineno}: {error.message}.", "Mend it there.") from None
+    except RecursionError:
+        raise UsageError(
+            f"Template {name} extends or includes itself.", "Give it a name that none of ours has."
+        ) from None
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, OSError) as error:  # expressions, files
+        raise UsageError(f"Template {name}: {error}.", "Mend it there.") from None

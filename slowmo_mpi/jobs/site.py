@@ -130,6 +130,8 @@ def parse(table: dict[str, Any], source: str = "the profile") -> Site:
     return Site(**table)
 
 
+# Job scripts' own, which are set before and used after a site's variables.
+RESERVED = ("workdir", "folder", "config", "job", "task", "settings", "warned")
 _WORDS = {
     str: "a string",
     int: "a whole number, 0 or more",
@@ -156,3 +158,5 @@ def _check(name: str, wanted: Any, choices: tuple[str, ...], value: Any, source:
         for variable in value:
             if not (variable.isascii() and variable.isidentifier()):
                 raise UsageError(f"{variable!r} cannot name a variable ({source}).", "Use letters, digits and _.")
+            if variable in RESERVED:
+                raise UsageError(f"{variable} is a variable of the job's script itself ({source}).", "Choose another.")

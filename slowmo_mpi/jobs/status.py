@@ -20,6 +20,7 @@ PBS_STATES = {
     "Q": "PENDING", "H": "HELD", "W": "PENDING", "R": "RUNNING", "E": "COMPLETING", "F": "ENDED", "C": "ENDED",
     "B": "RUNNING", "X": "ENDED", "S": "SUSPENDED", "T": "PENDING", "M": "MOVED",
 }  # fmt: skip
+GIVE = "Give the job folder that `slowmo job --submit` named."
 ALIVE = ("RUNNING", "COMPLETING", "PENDING", "CONFIGURING", "SUSPENDED", "HELD", "REQUEUED")
 
 
@@ -55,6 +56,8 @@ def status(place: str) -> list[Status]:
     """Each task of the job that `place` is: a job folder, a run folder, or an id. Raises: UsageError."""
     folder = _find(place)
     parts = sorted((log.parent for log in folder.glob(f"*/{LOG}")), key=lambda f: (len(f.name), f.name))
+    if not parts and not (folder / LOG).exists() and not (folder / "manifest.json").exists():
+        raise UsageError(f"{folder} is the folder of no job and of no run.", GIVE)
     if not parts:
         return [_status(folder, "")]
     queued = [Status("others", str(folder), *a) for a in _ask(_lines(folder)) if a[1] == "PENDING"]
@@ -68,12 +71,10 @@ def _find(place: str) -> Path:
     if re.fullmatch(r"[\w.\[\]-]+", place):
         for depth in ("*", "*/*", "*/*/*"):
             for log in Path().glob(f"{depth}/{LOG}"):
-                if any(line.get("job") == place for line in _lines(log.parent)):
+                ids = {str(line.get("job")) for line in _lines(log.parent)}
+                if place in ids | {i.partition(".")[0] for i in ids}:  # PBS: 4711 is short for 4711.server
                     return log.parent
-    raise UsageError(
-        f"There is no folder {place}, and no job of this id below the working directory.",
-        "Give the job folder that `slowmo job --submit` named.",
-    )
+    raise UsageError(f"There is no folder {place}, and no job of this id below the working directory.", GIVE)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -128,20 +129,24 @@ def _ask(lines: list[dict[str, Any]]) -> list[Answer]:
 
 def _slurm(ids: list[str]) -> list[Answer]:
     queued = _run_tool(["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%A|%T|%M|%l|%r"])
-    answers = [_answer(line) for line in queued.splitlines() if line.count("|") == 4]
+    answers = _answers(queued, ids)
     unknown = [i for i in ids if i not in {a[0] for a in answers}]
     if unknown:
         form = "--format=JobIDRaw,State,Elapsed,Timelimit,Reason"
         ended = _run_tool(
             ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(unknown)}", form]
         )  # fmt: skip
-        answers += [_answer(line) for line in ended.splitlines() if line.count("|") == 4]
+        answers += _answers(ended, unknown)
     return answers
 
 
-def _answer(line: str) -> Answer:
-    number, state, elapsed, limit, reason = line.strip().split("|")
-    return number, state.split(" ")[0], elapsed, limit, "" if reason == "None" else reason
+def _answers(text: str, ids: list[str]) -> list[Answer]:
+    """Of these jobs only: who asks for an array, whose number is one of its tasks' too, is told of every task."""
+    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 4]
+    return [
+        (number, state.split(" ")[0], elapsed, limit, "" if reason == "None" else reason)
+        for number, state, elapsed, limit, reason in rows if number in ids
+    ]  # fmt: skip
 
 
 def _pbs(number: str, finished: bool) -> list[Answer]:
@@ -201,13 +206,13 @@ def _progress(run: Path, s: Status) -> None:
             continue
         if record.get("kind") == "train":
             records.append(record)
+    s.steps = config.run.steps or None
     if not records:
         return
     last = records[-1]
     s.step, s.loss, s.samples_per_s = last["step"], last.get("loss"), last.get("samples_per_s")
-    s.steps = config.run.steps or (
-        round(last["step"] / last["epoch"] * config.run.epochs) if last.get("epoch") else None
-    )
+    if not s.steps and last.get("epoch"):
+        s.steps = round(last["step"] / last["epoch"] * config.run.epochs)
     first = records[-6] if len(records) > 5 else {"step": 0, "time_s": 0.0} if len(records) < 2 else records[0]
     if s.steps and last["step"] > first["step"]:
         rate = (last["time_s"] - first["time_s"]) / (last["step"] - first["step"])

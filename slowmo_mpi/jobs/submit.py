@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SlowmoError
@@ -30,9 +31,9 @@ def command(job: Job, after: str = "") -> list[str]:
     ]  # fmt: skip
 
 
-def submit(job: Job, script: str, config: str) -> list[str]:
-    """Write script and configuration into the job's folder, and submit: the ids. Without a scheduler run it, and never
-    return. Raises: SlowmoError.
+def submit(job: Job, script: str, config: str) -> Iterator[str]:
+    """Write script and configuration into the job's folder, and submit: each id as soon as it is known. Without a
+    scheduler run it, and never return. Raises: SlowmoError.
     """
     folder = Path(job.folder)
     words = command(job)
@@ -45,25 +46,31 @@ def submit(job: Job, script: str, config: str) -> list[str]:
         folder.mkdir(parents=True)
         (folder / CONFIG).write_text(config, encoding="utf-8")
         (folder / SCRIPT).write_text(script, encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:  # the latter: a name that is no UTF-8
         raise SlowmoError(
-            f"The job folder {folder} cannot be made: {error.strerror}.", "Type --set run.folder=FOLDER."
+            f"The job folder {folder} cannot be made: {error}.", "Type --set run.folder=FOLDER, or another run.name."
         ) from None
     if job.site.scheduler == "none":
         os.chdir(folder)
         os.execvp(words[0], words)  # in the foreground: signals are the script's
-    ids: list[str] = []
+    number = ""
     for _ in range(job.chain):
-        ids.append(_hand_over(command(job, ids[-1] if ids else ""), folder))
+        number = _hand_over(command(job, number), folder)
+        yield number
         line = {
             "event": "submitted",
-            "job": ids[-1],
+            "job": number,
             "scheduler": job.site.scheduler,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-    return ids
+        try:
+            with (folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SlowmoError(
+                f"Job {number} is queued, but {folder / LOG} cannot be written: {error.strerror}.",
+                "`slowmo job status` will not know it by its id before it has begun.",
+            ) from None
 
 
 def _hand_over(words: list[str], folder: Path) -> str:
@@ -75,6 +82,7 @@ def _hand_over(words: list[str], folder: Path) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=SUBMIT_TIMEOUT_S,
             check=False,
         )

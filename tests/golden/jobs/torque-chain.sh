@@ -15,13 +15,15 @@
 #PBS -r y
 
 set -euo pipefail
+warned=''
+trap 'warned=1' USR1 USR2 # the warning; it may come while software is loaded
 
 workdir=/home/me # where slowmo job was called: relative paths of the configuration start here
 folder=/home/me/runs/digits-job-20261123-101500 # of this job: its attempts, what doctor found, the run folder
 config=/home/me/my.toml
-job=$PBS_JOBID
-alive() { [[ $(qstat -f "$1" 2>/dev/null) =~ job_state\ =\ [RE] ]]; }
-say() { printf 'job %s: %s\n' "$job" "$*" >&2; }
+job=${PBS_JOBID:?this is a script for qsub}
+alive() { [[ $(qstat -f "$1" 2>/dev/null) =~ job_state\ =\ [RES] ]]; }
+say() { printf 'job %s: %s\n' "$job" "$*" >&2 || true; } # a full disk must not end the job here
 
 settings=()
 mkdir -p "$folder"
@@ -43,7 +45,8 @@ slowmo=(slowmo)
 # ---- Ranks ------------------------------------------------------------------------------------------------------------
 export OMP_NUM_THREADS=4 # torch's threads: a rank has so many cores
 # Called by its full path, mpirun finds its other half on the other nodes too; -x hands a variable on to the ranks.
-launch=("$(command -v mpirun)" -n 4 --hostfile "$PBS_NODEFILE")
+if ! mpirun=$(type -P mpirun); then say "there is no mpirun on PATH; which module brings it?"; exit 1; fi
+launch=("$mpirun" -n 4 --hostfile "$PBS_NODEFILE")
 launch+=(--map-by ppr:4:node:PE=4 --bind-to core) # neighbours in a node, each on its own cores
 for variable in PATH LD_LIBRARY_PATH OMP_NUM_THREADS; do
   if [[ ${!variable+set} ]]; then launch+=(-x "$variable"); fi
@@ -53,6 +56,7 @@ done
 log=$folder/job.jsonl # a line for each beginning and end; `slowmo job status` reads it
 touch "$log"
 
+shopt -s dotglob # a run's name may begin with a dot
 newest() { # the step of the newest checkpoint, 0 where there is none
   local path step=0
   for path in "$folder"/*/checkpoints/step-*.h5; do
@@ -69,12 +73,12 @@ if finished; then
   say "the run in $folder is done already"
   exit 0
 fi
-if other=$(cat "$folder/running" 2>/dev/null) && [[ $other != "$job" ]] && alive "$other"; then
+if other=$(cat "$folder/running" 2>/dev/null) && [[ $other && $other != "$job" ]] && alive "$other"; then
   say "job $other is at work in $folder; two would overwrite each other's checkpoints"
   exit 2
 fi
-echo "$job" >"$folder/running"
 trap 'rm -f "$folder/running"' EXIT
+echo "$job" >"$folder/running"
 
 attempt=$(($(count '"event": "started"') + 1))
 from=$(newest)
@@ -84,7 +88,7 @@ say "attempt $attempt, from step $from, in $folder"
 # ---- Train ------------------------------------------------------------------------------------------------------------
 # A warning comes as SIGUSR1: the ranks stop together, with a checkpoint, and end with code 75. SIGTERM does the same,
 # but it means that somebody wants the job to end, and so it is not started again.
-child='' interrupted='' warned='' ended=''
+child='' interrupted='' ended=''
 # shellcheck disable=SC2317,SC2329 # traps call it
 hand_on() {
   interrupted=1 warned=1
@@ -95,6 +99,7 @@ trap 'ended=1; hand_on' TERM
 trap 'ended=1 interrupted=1' INT # a terminal sends it to the ranks' launcher too
 run() { # a command in the background, so that signals are taken at once
   local rc
+  if [[ $warned ]]; then return 75; fi # by a signal that has come already
   "$@" &
   child=$!
   while :; do
@@ -113,7 +118,7 @@ if [[ ! -e $folder/doctor.txt ]]; then # an attempt that goes on need not ask ag
   if ((rc == 0)); then mv "$folder/doctor.new" "$folder/doctor.txt"; fi
   if ((rc == 3)); then say "slowmo doctor found a fault (above, and in $folder/doctor.new); nothing was trained"; fi
 fi
-if [[ $warned ]] || ((rc == 138)); then rc=75; fi # the warning came while doctor was at work (138: SIGUSR1 killed it)
+if [[ $warned ]]; then rc=75; fi # while doctor was at work
 if ((rc == 0)); then
   # The run keeps its own time: SECONDS are those since this script began.
   left=$((3600 - 300 - SECONDS))
@@ -123,6 +128,7 @@ if ((rc == 0)); then
   # no failure.
   if finished; then rc=0; elif ((rc == 0)); then rc=1; fi
 fi
+if ((rc == 138)); then rc=75; fi # SIGUSR1 killed them: the warning came before the ranks listened to it
 
 # ---- Again? -----------------------------------------------------------------------------------------------------------
 # Stopped early (75): again, unless 3 attempts in a row came no further than this step.
@@ -143,7 +149,7 @@ elif ((rc == 75 || (step > from && rc != 2 && rc != 3 && rc != 130))); then
 else
   next="failed with exit code $rc"
 fi
-record "\"event\": \"ended\", \"step\": $step, \"exit_code\": $rc, \"next\": \"$next\""
+record "\"event\": \"ended\", \"step\": $step, \"exit_code\": $rc, \"next\": \"$next\"" || say "$log cannot be written"
 say "step $step, exit code $rc: $next"
 if [[ ! $again ]]; then
   if [[ $next == gave* ]]; then rc=1; fi
