@@ -114,7 +114,8 @@ class Compute:
     compile: bool = key(False, "compile the model with torch.compile")
     channels_last: bool = key(False, "memory order of images and convolutions with the channels last")
     vmap: bool = key(
-        False, "simulated ranks: the gradients of all in one torch.vmap, faster for a small model, equal to rounding"
+        False,
+        "simulated ranks: the gradients of all in one torch.vmap, faster for small models; other bits, other dropout",
     )
 
 
