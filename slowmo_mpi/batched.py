@@ -1,8 +1,8 @@
 """The gradients of all simulated ranks in one computation: torch.func.vmap over their models, which are alike.
 
 A step of a small model is mostly the cost of calling its operations, and ranks that take turns pay it again and again.
-The results are those of ranks on their own to rounding, not to the bit; dropout draws other numbers. The ranks' models differ in parameters and
-buffers alone, and the task's loss must be the same function on all of them.
+The results are those of ranks on their own to rounding, not to the bit; dropout draws other numbers. The ranks' models
+differ in parameters and buffers alone, and the task's loss must be the same function on all of them.
 """
 
 from __future__ import annotations
