@@ -2,7 +2,8 @@
 
 The parameters are cut into buckets, the model's last ones first, since backward comes to those first. A bucket whose
 gradients are all there sets off; buckets set off in the same order on every rank. When `backward()` returns, every
-`p.grad` is the average: gradients may be clipped, or gathered over several backward passes.
+`p.grad` is the average: gradients may be clipped, or gathered over several backward passes, of which only the last
+need communicate.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class GradientAverage:
         self._fresh = [False] * len(flat.parameters)  # whose gradient is there, in this backward
         self._under_way = self._finished = False
         self._next = 0
+        self.waits = False  # for another backward pass, whose gradients will be added
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._arrived, i)) for i, p in enumerate(flat.parameters)
         ]
@@ -58,7 +60,7 @@ class GradientAverage:
         for hook in self._hooks:
             hook.remove()
 
-    def finish(self) -> None:
+    def complete(self) -> None:
         """Average whatever was not averaged when `backward()` ended, as where gradients were set by hand.
 
         Afterwards a parameter that no rank used has no gradient, as torch has it: else momentum and weight decay
@@ -68,6 +70,10 @@ class GradientAverage:
             if not self._under_way:
                 self._begin()
             self._end_of_backward()
+
+    def finish(self) -> None:
+        """The same, and the gradients that come next are others."""
+        self.complete()
         self._finished = False
 
     def _begin(self) -> None:
@@ -79,7 +85,7 @@ class GradientAverage:
     @torch.no_grad()
     def _arrived(self, i: int, p: nn.Parameter) -> None:
         """Autograd's hook: the gradient of parameter i is complete."""
-        if not self._flat.holds(i):  # another SlowMo was made of this model
+        if self.waits or not self._flat.holds(i):  # another SlowMo was made of this model
             return
         if not self._under_way:
             self._begin()

@@ -42,6 +42,11 @@ class Run:
     eval_every: int = key(
         0, "steps between evaluations; 0: after every epoch, or once at the end", at_least=0, moves=False
     )
+    eval_workers: bool = key(
+        False,
+        "also evaluate each worker's own model on all test samples: minimum, mean and maximum over workers",
+        moves=False,
+    )
     worker: str | int = key("rank", 'what one worker is: "rank", "node" (all ranks of a host), or a number of ranks')
     threads: int = key(
         0, "torch threads per rank; 0: this host's cores shared among its ranks", at_least=0, moves=False
@@ -56,7 +61,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    name: str = key("digits", 'quadratic, digits, fashion-mnist, or your own as "package.module:factory"')
+    name: str = key(
+        "digits", 'quadratic, digits, fashion-mnist, cifar10, imagenet, wmt16, or your own as "package.module:factory"'
+    )
     batch_size: int = key(32, "samples per rank and step", at_least=1)
     data: str = key("", "folder of the data; empty: the task's default place", moves=False)
     options: dict[str, Any] = key({}, "the task's own keys, written in [task] beside the others")
@@ -70,13 +77,46 @@ class Optimizer:
     nesterov: bool | None = key(None, "sgd: Nesterov momentum (default false)")
     betas: list[float] | None = key(None, "adam, adamw: decay of the two moments (default [0.9, 0.999])")
     weight_decay: float = key(0.0, "weight decay (decoupled for adamw)", at_least=0)
+    clip_norm: float = key(
+        0.0, "the gradient's largest global norm: a longer one is scaled down to it; 0: no clipping", at_least=0
+    )
+    reference_batch: int = key(
+        0,
+        "linear scaling rule: `lr` is for a global batch of so many samples, and grows in proportion; 0: `lr` as it is",
+        at_least=0,
+    )
     schedule: str = key(
         "constant", "how the rate goes on after warm-up", choices=("constant", "step", "cosine", "inverse-sqrt")
     )
-    warmup: float = key(0.0, "linear warm-up from 0, in epochs (in steps where run.steps is given)", at_least=0)
-    milestones: list[float] = key([], "step: when the rate drops, in epochs (in steps where run.steps is given)")
+    unit: str = key(
+        "auto",
+        "what `warmup` and `milestones` count; auto: steps where run.steps is given, else epochs",
+        choices=("auto", "epochs", "steps"),
+    )
+    warmup: float = key(0.0, "length of the linear warm-up, in `unit`", at_least=0)
+    warmup_from: float = key(0.0, "the rate that warm-up starts from", at_least=0)
+    milestones: list[float] = key([], "step: when the rate drops, in `unit`")
     factor: float = key(0.1, "step: what the rate is multiplied by at each milestone", at_least=0)
     options: dict[str, Any] = key({}, "further arguments of an optimizer of your own, in [optimizer]")
+
+
+@dataclass(frozen=True)
+class Compute:
+    precision: str = key(
+        "float32",
+        "type of the model's matrix products, under autocast; parameters, gradients and optimizer stay as they are, "
+        "and float16 comes with loss scaling",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    accumulate: int = key(
+        1, "micro-batches that a step's task.batch_size samples are computed in, one after the other", at_least=1
+    )
+    compile: bool = key(False, "compile the model with torch.compile")
+    channels_last: bool = key(False, "memory order of images and convolutions with the channels last")
+    vmap: bool = key(
+        False,
+        "simulated ranks: the gradients of all in one torch.vmap, faster for small models; not the same bits",
+    )
 
 
 @dataclass(frozen=True)
@@ -157,10 +197,16 @@ class Config:
     run: Run = field(default_factory=Run, metadata={"doc": "the run: name, length, seed, logging"})
     task: Task = field(default_factory=Task, metadata={"doc": "what is trained, on which data"})
     optimizer: Optimizer = field(default_factory=Optimizer, metadata={"doc": "the base optimizer"})
+    compute: Compute = field(default_factory=Compute, metadata={"doc": "how the gradient is computed"})
     base: Base = field(default_factory=Base, metadata={"doc": "the base algorithm and its graph"})
     slowmo: Slow = field(default_factory=Slow, metadata={"doc": "the outer step"})
     comm: Comm = field(default_factory=Comm, metadata={"doc": "communication"})
     checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata={"doc": "checkpoints, in the run folder"})
+
+    @property
+    def unit(self) -> str:
+        """What warm-up and milestones count: "epochs" or "steps"."""
+        return self.optimizer.unit if self.optimizer.unit != "auto" else "steps" if self.run.steps else "epochs"
 
     def check(self) -> None:
         """Refuse combinations that cannot work, whatever the number of ranks.
@@ -249,6 +295,29 @@ class Config:
             raise UsageError(
                 f'optimizer.name = "{opt.name}" is not known.{did_you_mean(opt.name, ("sgd", "adam", "adamw"))}',
                 'Type sgd, adam, adamw, or "package.module:Class", such as "torch.optim:RMSprop".',
+            )
+        if opt.warmup_from and not opt.warmup:
+            raise UsageError(
+                f"optimizer.warmup_from = {opt.warmup_from:g} needs a warm-up, and optimizer.warmup is 0.",
+                "Type --set optimizer.warmup=5.",
+            )
+        size, parts = self.task.batch_size, self.compute.accumulate
+        if size % parts:
+            raise UsageError(
+                f"task.batch_size = {size} cannot be cut into compute.accumulate = {parts} equal micro-batches.",
+                f"Type --set task.batch_size={-(-size // parts) * parts}.",
+            )
+        if self.compute.compile and slow.overlap:
+            raise UsageError(
+                "With slowmo.overlap layers wait for their parameters one by one; compute.compile makes one of them.",
+                "Type --set slowmo.overlap=false, or --set compute.compile=false.",
+            )
+        averaged = base.algorithm == "allreduce" and self.comm.dtype != "float32"
+        if self.compute.precision == "float16" and averaged:
+            raise UsageError(
+                f'With compute.precision = "float16" gradients are scaled, and comm.dtype = "{self.comm.dtype}" would '
+                "keep what rounding takes from one scale for the next.",
+                "Type --set compute.precision=bfloat16, or --set comm.dtype=float32.",
             )
         if opt.milestones and opt.schedule != "step":
             raise UsageError(
@@ -346,8 +415,8 @@ def changed(before: Config, now: Config) -> list[str]:
             elif old != new and k.metadata["moves"]:
                 found.append(f"{section.name}.{k.name}")
     ends = {"run.epochs", "run.steps"} if now.optimizer.schedule != "cosine" else set()
-    if (before.run.epochs > 0) != (now.run.epochs > 0):
-        ends = set()  # the unit of warm-up and milestones is another
+    if before.unit != now.unit:
+        ends = set()
     return [k for k in found if k not in ends]
 
 

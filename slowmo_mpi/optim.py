@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,14 +44,23 @@ def make(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.O
         ) from None
 
 
-def learning_rate(config: Optimizer, time: float, end: float) -> float:
-    """The rate at `time` of `end`, both in the schedule's unit (epochs, or steps where run.steps is given).
+def scaled(config: Optimizer, global_batch: int) -> Optimizer:
+    """With the linear scaling rule (Goyal et al. 2017): the rate for `reference_batch` as that for `global_batch`."""
+    if not config.reference_batch:
+        return config
+    return replace(config, lr=config.lr * global_batch / config.reference_batch, reference_batch=0)
 
-    Linear warm-up to lr over `warmup`, then: constant; step: lr * factor^(milestones passed);
-    cosine: lr/2 (1 + cos(pi * (time - warmup)/(end - warmup))); inverse-sqrt: lr * sqrt(warmup / time).
+
+def learning_rate(config: Optimizer, time: float, end: float) -> float:
+    """The rate at `time` of `end`, both in the schedule's unit (`Config.unit`); `lr` being scaled already.
+
+    Linear warm-up from warmup_from (at most lr) to lr over `warmup`, then: constant; step: lr * factor^(milestones
+    passed); cosine: lr/2 (1 + cos(pi * (time - warmup)/(end - warmup))); inverse-sqrt: lr * sqrt(warmup / time), with
+    1 for a warm-up of 0.
     """
     if time < config.warmup:
-        return config.lr * time / config.warmup
+        low = min(config.warmup_from, config.lr)
+        return low + (config.lr - low) * time / config.warmup
     if config.schedule == "step":
         return config.lr * config.factor ** sum(time >= m for m in config.milestones)
     if config.schedule == "cosine":

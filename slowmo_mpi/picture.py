@@ -12,6 +12,7 @@ from slowmo_mpi.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = 8  # steps drawn; a cycle may have more
 COLUMNS = 4
@@ -26,20 +27,10 @@ def draw(topology: Topology, path: str | Path) -> None:
 
     Raises SlowmoError when matplotlib is not installed or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise SlowmoError(
-            "Drawing needs matplotlib, which is not installed.", "Type `pip install matplotlib`."
-        ) from None
     shown = min(topology.period, PANELS)
     rows = math.ceil(shown / COLUMNS)
     columns = math.ceil(shown / rows)  # 5 steps are 3 above 2, not 4 above 1
-    engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08, rect=(0.01, 0.01, 0.98, 0.98))
-    figure = Figure(figsize=(11, 1.0 + 3.0 * rows + 4.0), facecolor="white", layout=engine)
-    FigureCanvasAgg(figure)  # no global pyplot state, no display
+    figure = blank(11, 1.0 + 3.0 * rows + 4.0)
     halves: Any = figure.subfigures(2, 1, height_ratios=[3.0 * rows + 0.3, 4.0])
     above, below = halves
     title = f"{topology.name}, {_count(topology.ranks, 'rank')}"
@@ -61,11 +52,35 @@ def draw(topology: Topology, path: str | Path) -> None:
     below.colorbar(bar, ax=heat, shrink=0.85).ax.tick_params(labelsize=8, color=MUTED)
     _draw_errors(curve, topology)
     try:
-        figure.savefig(path, dpi=130, format="png")
+        save(figure, path)
     except OSError as error:
         raise SlowmoError(
             f"The picture cannot be written to {str(path)!r}: {error.strerror}.", "Give another --png FILE."
         ) from None
+
+
+def blank(width: float, height: float) -> "Figure":
+    """An empty white figure, in inches, whose parts keep clear of each other; no display, no global state.
+
+    Raises SlowmoError when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise SlowmoError(
+            "Drawing needs matplotlib, which is not installed.", "Type `pip install matplotlib`."
+        ) from None
+    engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08, rect=(0.01, 0.01, 0.98, 0.98))
+    figure = Figure(figsize=(width, height), facecolor="white", layout=engine)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a PNG. Raises OSError."""
+    figure.savefig(path, dpi=130, format="png")
 
 
 def _count(number: int, word: str) -> str:

@@ -32,6 +32,7 @@ class Plan:
     optimizer_bytes: int
     slow_bytes: int
     error_bytes: int
+    cast_bytes: int
     message_bytes: int
     base_bytes_per_step: float
     outer_bytes_per_step: float
@@ -47,7 +48,7 @@ class Plan:
     def memory_bytes(self) -> int:
         """All of the above that stays in memory; activations come on top."""
         state = self.model_bytes + self.gradient_bytes + self.optimizer_bytes + self.slow_bytes
-        return state + self.error_bytes + self.message_bytes
+        return state + self.error_bytes + self.cast_bytes + self.message_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -107,6 +108,7 @@ def plan(config: Config, ranks: int) -> Plan:
         optimizer_bytes=optimizer_bytes,
         slow_bytes=vectors * wide // share if slow.tau else 0,
         error_bytes=error_bytes,
+        cast_bytes=0 if config.compute.precision == "float32" else 2 * sum(e.numel for e in flat.entries),
         message_bytes=message * (1 + received) if graph else -(-2 * wide // ranks),
         base_bytes_per_step=_base_bytes(config, graph, n, message, elements, ranks, team),
         outer_bytes_per_step=outer,

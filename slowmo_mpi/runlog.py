@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -46,10 +47,12 @@ class RunLog:
         self.folder = folder
         (folder / "config.toml").write_text(dump(config), encoding="utf-8")
         self._manifest = dict(manifest)
+        if resumed is not None:
+            self._manifest["resumed_at_step"] = resumed
         if resumed is not None and (folder / "manifest.json").exists():
             first = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             lives = [*first.pop("lives", []), first]
-            self._manifest |= {"lives": lives, "resumed_at_step": resumed}
+            self._manifest["lives"] = lives
             _forget_after(folder / "metrics.jsonl", resumed)
         self._write_manifest()
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
@@ -125,6 +128,7 @@ def manifest(mpi_library: str, hosts: list[str], threads: int) -> dict[str, Any]
             "numpy": numpy.__version__,
         },
         "git_commit": _git_commit(),
+        "host": socket.gethostname(),
         "pid": os.getpid(),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,17 +20,17 @@ from .comm import Communicator, Endpoint
 from .comm.mpi import library_version
 from .config import Base, Config, Run, dump
 from .errors import SlowmoError
+from .evaluation import evaluate
 from .flat import wire_type
+from .inner import InnerStep, prepare, progress, to_device
 from .resume import changes
 from .runlog import RunLog, manifest
 from .start import Start, line, ranges
 from .stopping import Vote, Wish
-from .tasks.sampler import Shards, share
+from .tasks.sampler import Shards
 from .team import ranks_of_a_node
 from .trace import Trace
 from .worker import SlowMo
-
-EVALUATION_BATCH = 256
 
 BASES: dict[str, Callable[[Base], bases.Base]] = {
     "allreduce": lambda c: bases.AllReduce(),
@@ -67,7 +67,9 @@ class _Window:
 
     losses: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    input_s: float = 0.0
     waited_s: float = 0.0
     sent_bytes: int = 0
 
@@ -76,8 +78,8 @@ class _Window:
         metrics = [{k: v.cpu() for k, v in m.items()} for m in self.metrics]
         elapsed_s = time.perf_counter() - self.started
         return {
-            "losses": [x.cpu() for x in self.losses], "metrics": metrics, "elapsed_s": elapsed_s,
-            "waited_s": self.waited_s, "sent_bytes": self.sent_bytes,
+            "losses": [x.cpu() for x in self.losses], "metrics": metrics, "taken": self.taken, "elapsed_s": elapsed_s,
+            "input_s": self.input_s, "waited_s": self.waited_s, "sent_bytes": self.sent_bytes,
         }  # fmt: skip
 
     def take(self, saved: dict[str, Any], device: torch.device) -> None:
@@ -85,7 +87,9 @@ class _Window:
         self.losses = to_device(saved["losses"], device)
         self.metrics = to_device(saved["metrics"], device)
         self.started = time.perf_counter() - saved["elapsed_s"]
+        self.taken = saved.get("taken", [True] * len(self.losses))
         self.waited_s, self.sent_bytes = saved["waited_s"], saved["sent_bytes"]
+        self.input_s = saved.get("input_s", 0.0)
 
 
 def train(
@@ -115,39 +119,44 @@ def train(
     context = tasks.Context(comm.rank, comm.size, run.seed, config.task.data)
     task = tasks.build(config.task.name, config.task.options, context)
     tasks.check_data(config.task.name, task)
-    model = task.model.to(comm.device)
+    model = prepare(task.model, config.compute, comm.device)
     mark("data and model")
     torch.manual_seed(run.seed * 1_000_003 + comm.rank + 1)  # dropout and the like differ by rank
 
-    optimizer = optim.make(config.optimizer, [p for p in model.parameters() if p.requires_grad])
+    rates = optim.scaled(config.optimizer, config.task.batch_size * comm.size)
+    optimizer = optim.make(rates, [p for p in model.parameters() if p.requires_grad])
     slow, comm.allreduce = config.slowmo, config.comm.allreduce
     worker = SlowMo(
         model, optimizer, comm, BASES[config.base.algorithm](config.base), tau=slow.tau, alpha=slow.alpha,
         beta=slow.beta, buffers=slow.buffers, average=slow.average, gamma=slow.gamma, sharded=slow.sharded,
         overlap=slow.overlap, ranks_per_worker=config.run.ranks_per_worker() or ranks_of_a_node(comm),
-        wire=wire_type(config.comm.dtype), progress=config.comm.progress,
+        wire=wire_type(config.comm.dtype), progress=progress(config.comm.progress, config.compute, comm),
     )  # fmt: skip
+    inner = InnerStep(task, worker, config.compute, config.optimizer.clip_norm)
     checkpoints = Checkpoints(
         worker, folder / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
         layout=config.checkpoint.layout, asynchronous=config.checkpoint.write == "async", config=dump(config),
     )  # fmt: skip
-    extra = _go_on(worker, task, config, resume) if resume else {}
+    extra = _go_on(inner, config, resume) if resume else {}
     checkpoints.gave_up_later = resume is not None
     first = worker.state.step
     position = (first, *extra.get("data", (0, 0)))
     shards = Shards(len(task.train), comm.size, comm.rank, config.task.batch_size, run.seed, position)
     steps = run.steps or shards.steps(run.epochs)
+    epochs = run.epochs or shards.time(steps)
     window, last = _Window(), extra.get("last", {})
     if extra and resume and resume.ranks == comm.size:
         window.take(extra["window"], comm.device)
 
     hosts = comm.gather(comm.host)
+    notes = list(getattr(task, "notes", []))
     log = None
     if comm.rank == 0:
         library = library_version() if isinstance(comm, Communicator) else f"simulated, {comm.size} ranks"
-        log = RunLog(folder, config, manifest(library, hosts, threads), first if resume else None)
+        log = RunLog(folder, config, manifest(library, hosts, threads) | {"notes": notes}, first if resume else None)
     if show is not None:
-        lines = _introduction(config, worker, shards, steps, threads, folder) + _on_checkpoints(config, checkpoints)
+        lines = _introduction(config, worker, shards, steps, threads, folder) + _on_computing(config, rates.lr)
+        lines += notes + _on_checkpoints(config, checkpoints)
         lines += comm.warnings
         show.start(lines + (_on_resume(resume, comm.size) if resume else []), first, steps)
     if resume:
@@ -158,24 +167,20 @@ def train(
     started = time.perf_counter() - extra.get("elapsed_s", 0.0)
     stopped = ""
     vote = Vote(comm, wish or Wish(), first)
+    feed = tasks.batches(task.train, _order(shards, first, steps, config.compute.accumulate))
     try:
         for step in range(first, steps):
-            time_now, end = (step, run.steps) if run.steps else (shards.time(step), run.epochs)
+            time_now, end = (step, steps) if config.unit == "steps" else (shards.time(step), epochs)
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(config.optimizer, time_now, end)
+                group["lr"] = optim.learning_rate(rates, time_now, end)
             waited, sent = comm.waited_s, comm.sent_bytes
-            with comm.span("input and output", "batch"):
-                batch = to_device(task.train.batch(shards.indices(step)), comm.device)
-            with comm.span("computation", "forward"):
-                loss, metrics = task.loss(model, batch)
-            optimizer.zero_grad(set_to_none=False)  # gradients that are averaged stay where they are sent from
-            with comm.span("computation", "backward"):
-                loss.backward()
-            worker.step()
+            loss, metrics = inner.take(feed)
             window.waited_s += comm.waited_s - waited
             window.sent_bytes += comm.sent_bytes - sent
-            window.losses.append(loss.detach())
-            window.metrics.append({k: v.detach() for k, v in metrics.items()})
+            window.input_s += inner.input_s
+            window.losses.append(loss)
+            window.metrics.append(metrics)
+            window.taken.append(inner.taken)
 
             done = step + 1
             if show is not None:
@@ -186,10 +191,10 @@ def train(
                 _tell_start(start, comm, log, show)
             if done % run.log_every == 0 or done == steps:
                 rate = optimizer.param_groups[0]["lr"]
-                records.append({"kind": "train", **_sum_up(window, worker, config, done), "lr": rate})
+                records.append({"kind": "train", **_sum_up(window, inner, config, done), "lr": rate})
                 window = _Window()
             if _evaluates(run, shards, done, steps):
-                last = {"kind": "eval", "step": done, **evaluate(task, worker)}
+                last = {"kind": "eval", "step": done, **evaluate(inner, run.eval_workers)}
                 records.append(last)
             for record in records:
                 record |= {"epoch": shards.time(done), "time_s": time.perf_counter() - started}
@@ -206,7 +211,7 @@ def train(
                 state = task.state_dict() if hasattr(task, "state_dict") else None
                 checkpoints.save(
                     {"data": list(shards.at(done)), "window": window.state(), "last": last, "elapsed_s": elapsed,
-                     "task": state}
+                     "task": state, "inner": inner.state_dict()}
                 )  # fmt: skip
             if stopped:
                 break
@@ -224,52 +229,12 @@ def train(
         if log is not None:
             log.close(result="done", steps=steps, final=last)
     finally:
+        feed.close()
         if comm.trace is not None:
             comm.trace.write(folder / "trace" / f"rank-{comm.rank}.json")
         if show is not None:
             show.close()
     return last
-
-
-@torch.no_grad()
-def evaluate(task: tasks.Task, worker: SlowMo) -> dict[str, float]:
-    """Loss and metrics of the averaged model on the test samples, each rank its share, and the consensus distance.
-
-    Changes nothing of the training's course. Without test samples only the consensus distance.
-    """
-    comm = worker.comm
-    result = {"consensus": worker.consensus_distance()}
-    if task.test is None:
-        return result
-    sums: dict[str, float] = {}
-    count = 0
-    with worker.averaged() as model:
-        modes = [(module, module.training) for module in model.modules()]  # some may be in eval mode on purpose
-        model.eval()
-        mine = share(len(task.test), comm.size, comm.rank)
-        for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-            indices = torch.arange(start, min(start + EVALUATION_BATCH, mine.stop))
-            loss, metrics = task.loss(model, to_device(task.test.batch(indices), comm.device))
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
-            count += len(indices)
-        for module, training in modes:
-            module.training = training
-    everybody = comm.gather((sums, count))
-    total = sum(n for _, n in everybody)
-    names = dict.fromkeys(name for s, _ in everybody for name in s)
-    return {name: math.fsum(s.get(name, 0.0) for s, _ in everybody) / total for name in names} | result
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple, list or dict of them, on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(v, device) for v in batch)
-    return batch
 
 
 def set_threads(wanted: int, comm: Endpoint) -> int:
@@ -287,17 +252,30 @@ def set_threads(wanted: int, comm: Endpoint) -> int:
     return torch.get_num_threads()
 
 
-def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[str, Any]:
-    """The window's means over steps and workers. Raises: SlowmoError on every rank if any loss is not finite."""
-    comm = worker.comm
+def _order(shards: Shards, first: int, steps: int, parts: int) -> Iterator[tuple[int, Tensor]]:
+    """The epoch and the indices of this rank's micro-batches, `parts` of them to a step."""
+    for step in range(first, steps):
+        for indices in shards.indices(step).chunk(parts):
+            yield shards.at(step)[0], indices
+
+
+def _sum_up(window: _Window, inner: InnerStep, config: Config, step: int) -> dict[str, Any]:
+    """The window's means over steps and workers, of steps that were taken; the loss also as least and largest over
+    workers. Raises: SlowmoError on every rank if any loss is not finite, or no loss scale is small enough.
+    """
+    worker, comm, inside = inner.worker, inner.worker.comm, inner.worker.team.inside
+    inner.check_scale()
+    taken = torch.tensor(window.taken)
     losses = torch.stack(window.losses).double().cpu()
-    bad = (~losses.isfinite()).nonzero()
+    bad = (~losses.isfinite() & taken).nonzero()
     first_bad = step - len(losses) + int(bad[0]) + 1 if len(bad) else None
     names = sorted(window.metrics[0])
-    means = [float(losses.mean())]
-    means += [float(torch.stack([m[k].double() for m in window.metrics]).mean()) for k in names]
+    values = [losses, *(torch.stack([m[k].double() for m in window.metrics]).cpu() for k in names)]
+    means = [float(v[taken].mean()) for v in values]  # nan where no step was taken
+    of_worker = _mean(inside.gather(means[0])) if inside else means[0]
     elapsed = time.perf_counter() - window.started
-    everybody = comm.gather((first_bad, means, window.waited_s / elapsed, window.sent_bytes / len(losses)))
+    costs = [window.waited_s / elapsed, window.input_s / elapsed, window.sent_bytes / len(losses)]
+    everybody = comm.gather((first_bad, means, of_worker, int(taken.sum()), costs))
     failed = [(b, r) for r, (b, *_) in enumerate(everybody) if b is not None]
     if failed:
         at, rank = min(failed)
@@ -306,22 +284,36 @@ def _sum_up(window: _Window, worker: SlowMo, config: Config, step: int) -> dict[
             f"The loss became inf or nan at step {at} on rank {rank} (learning rate {rate:g}).",
             f"Type --set optimizer.lr={rate / 10:g}, or --set optimizer.warmup=...; the run folder has the metrics.",
         )
-    mean = [math.fsum(values) / comm.size for values in zip(*(m for _, m, *_ in everybody), strict=True)]
+    told = [(m, own) for _, m, own, n, _ in everybody if n] or [(means, of_worker)]  # ranks that took a step
+    mean = [_mean(values) for values in zip(*(m for m, _ in told), strict=True)]
+    of_workers = [own for _, own in told]
+    waited, read, sent = (_mean(values) for values in zip(*(c for *_, c in everybody), strict=True))
+    left_out = sum(len(losses) - n for *_, n, _ in everybody)
+    skipped = {"skipped_steps": left_out} if config.compute.precision == "float16" else {}
     return {
         "step": step,
         **dict(zip(["loss", *names], mean, strict=True)),
+        "loss_min": min(of_workers),
+        "loss_max": max(of_workers),
+        **skipped,
         "samples_per_s": len(losses) * config.task.batch_size * comm.size / elapsed,
-        "communication_share": math.fsum(c for *_, c, _ in everybody) / comm.size,
-        "sent_bytes_per_step": math.fsum(b for *_, b in everybody) / comm.size,
+        "communication_share": waited,
+        "input_share": read,
+        "sent_bytes_per_step": sent,
         "consensus": worker.consensus_distance(),
     }
 
 
-def _go_on(worker: SlowMo, task: tasks.Task, config: Config, resume: Checkpoint) -> dict[str, Any]:
-    """Put worker and task where the checkpoint is; what the loop saved there.
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _go_on(inner: InnerStep, config: Config, resume: Checkpoint) -> dict[str, Any]:
+    """Put worker, loss scale and task where the checkpoint is; what the loop saved there.
 
     Optimizer settings that were changed on purpose are the new ones; another optimizer starts with empty buffers.
     """
+    worker, task = inner.worker, inner.task
     ours = {k.removeprefix("optimizer.") for k in changes(resume, config) if k.startswith("optimizer.")}
     groups = worker.optimizer.param_groups
     kept = [{k: v for k, v in g.items() if k in ours} for g in groups]
@@ -332,6 +324,7 @@ def _go_on(worker: SlowMo, task: tasks.Task, config: Config, resume: Checkpoint)
         torch.manual_seed((config.run.seed * 1_000_003 + worker.comm.rank + 1) * 1_000_003 + resume.step)
     if extra.get("task") is not None:
         task.load_state_dict(extra["task"])  # type: ignore[attr-defined]
+    inner.load_state_dict(extra.get("inner") or {}, resume.ranks)
     return extra
 
 
@@ -362,13 +355,28 @@ def _introduction(config: Config, worker: SlowMo, shards: Shards, total: int, th
     simulated = "" if isinstance(comm, Communicator) else ", simulated"
     where = f"{comm.size} rank{'s' if comm.size > 1 else ''}{simulated}"
     if worker.team.ranks > 1:
-        where += f", {worker.team.ranks} to a worker,"
+        alone = worker.team.across.size == 1
+        where += ", all one worker (run.worker)," if alone else f", {worker.team.ranks} to a worker,"
     return [
         f"{config.task.name}: {parameters:,} parameters, {shards.samples:,} samples, {length}, "
         f"{config.task.batch_size} x {comm.size} samples per step",
         f"{config.base.algorithm}{graph}, {config.optimizer.name} lr {config.optimizer.lr:g}, {outer}{never}",
         f"{where} on {comm.device.type}, {threads} thread{'s' if threads > 1 else ''} each; run folder {folder}",
     ]
+
+
+def _on_computing(config: Config, rate: float) -> list[str]:
+    """What differs from a plain step in float32, in one line, or none."""
+    c, opt = config.compute, config.optimizer
+    said = [
+        f"{c.precision} autocast" if c.precision != "float32" else "",
+        f"{c.accumulate} micro-batches per step" if c.accumulate > 1 else "",
+        "compiled" if c.compile else "",
+        "channels last" if c.channels_last else "",
+        f"gradient clipped to norm {opt.clip_norm:g}" if opt.clip_norm else "",
+        f"lr {rate:g} by linear scaling" if opt.reference_batch else "",
+    ]
+    return [", ".join(filter(None, said))] if any(said) else []
 
 
 def _on_checkpoints(config: Config, checkpoints: Checkpoints) -> list[str]:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,12 @@ class SlowMo:
 
     # ---- inner steps ----
     @torch.no_grad()
-    def step(self) -> None:
-        """After `loss.backward()`: the optimizer's step, the base's exchange, and every `tau` steps the outer step."""
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """After `loss.backward()`: the optimizer's step, the base's exchange, and every `tau` steps the outer step.
+
+        scaler: takes the optimizer's step (`scaler.step`), or leaves it out where gradients are inf or nan; the rest
+        goes on, so that every rank steps equally often. Call `scaler.update()` afterwards.
+        """
         self.settle()
         s = self.state
         self.comm.step = s.step
@@ -130,7 +135,7 @@ class SlowMo:
         s.rate_sums = [total + rate for total, rate in zip(s.rate_sums, s.last_rates, strict=True)]
         if self._gradients is not None:
             self._gradients.finish()
-        self.base.step(s, self.team.across, self._update, self._remaining())
+        self.base.step(s, self.team.across, partial(self._update, scaler), self._remaining())
         if self.base.communicates:
             self.team.gather(s.flat.buffers)
         s.step += 1
@@ -138,6 +143,24 @@ class SlowMo:
             with self.comm.span("outer step", "outer step"):
                 self._outer_step()
         self.post()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """`backward()` in the block adds to the gradients and averages nothing; the one after it averages the sum."""
+        if self._gradients is not None:
+            self._gradients.waits = True
+        try:
+            yield
+        finally:
+            if self._gradients is not None:
+                self._gradients.waits = False
+
+    def average_gradients(self) -> None:
+        """Average gradients that were set by hand, so that they can be clipped: `backward()` has averaged its own, and
+        `step()` averages what nobody has.
+        """
+        if self._gradients is not None:
+            self._gradients.complete()
 
     @torch.no_grad()
     def drain(self) -> None:
@@ -187,7 +210,7 @@ class SlowMo:
         exact = self.tau and self.average != "none"
         return self.tau - self.state.step % self.tau if exact else math.inf
 
-    def _update(self, scale: float) -> None:
+    def _update(self, scaler: torch.amp.GradScaler | None, scale: float) -> None:
         """The optimizer's step with every learning rate times `scale` (1/w under push-sum)."""
         groups = self.optimizer.param_groups
         rates = [g["lr"] for g in groups]
@@ -195,7 +218,7 @@ class SlowMo:
             g["lr"] = g["lr"] * scale
         self.comm.poll()
         with torch.enable_grad(), self.comm.span("computation", "optimizer step"):
-            self.optimizer.step()
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
         self.comm.poll()
         for g, rate in zip(groups, rates, strict=True):
             g["lr"] = rate

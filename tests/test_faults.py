@@ -131,7 +131,8 @@ def run(program: list[str], environment: dict[str, str]) -> Ended:
     fault = Path("fault")
     ended_s = time.time() - fault.stat().st_mtime if fault.exists() else 0.0
     assert ended_s < SOON_S
-    return Ended(done.returncode, done.stdout, done.stderr, ended_s)
+    said = done.stderr.replace("\0", "")  # prterun (Open MPI 5) ends what it says of MPI_ABORT with one
+    return Ended(done.returncode, done.stdout, said, ended_s)
 
 
 # ---- what is found before any rank is started ----

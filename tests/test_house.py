@@ -24,9 +24,12 @@ PACKAGE = ROOT / "slowmo_mpi"
 STOREYS = [
     ["__main__", "reference"],
     ["cli"],
-    ["train", "plan", "bench", "doctor", "jobs", "presets", "picture"],
-    ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "tasks"],
-    ["worker"],
+    ["train", "plan", "bench", "doctor", "jobs", "presets", "report"],
+    ["evaluation"],
+    ["inner"],
+    ["batched"],
+    ["checkpoints", "resume", "runlog", "stopping", "optim", "launch", "picture", "tasks"],
+    ["worker", "data", "models"],
     ["bases", "buckets", "restart", "saved", "team"],
     ["average"],
     ["checks"],
@@ -35,7 +38,7 @@ STOREYS = [
     ["flat", "slowmo"],
     ["config", "topology"],
     ["families"],
-    ["shipped", "start", "trace"],
+    ["shipped", "start", "trace", "units"],
     ["errors", "__init__"],
 ]
 HEAVY = {

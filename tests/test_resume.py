@@ -47,7 +47,7 @@ buffers = "maintain"
 every = 1
 keep = 100
 """
-TIMES = ("samples_per_s", "communication_share", "time_s")
+TIMES = ("samples_per_s", "communication_share", "input_share", "time_s")
 
 
 def settings(*overrides: str) -> config.Config:

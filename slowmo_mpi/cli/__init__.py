@@ -16,10 +16,12 @@ from .. import __version__
 from ..errors import DONE, FAILED, INTERRUPTED, USAGE, SlowmoError
 from .bench import bench
 from .checkpoint import checkpoint
+from .data import data
 from .doctor import doctor
 from .init import init
 from .job import job
 from .plan import plan
+from .report import report
 from .say import say
 from .topology import topology
 from .train import train
@@ -41,7 +43,7 @@ def slowmo() -> None:
     """
 
 
-for command in (init, train, plan, job, topology, checkpoint, bench, doctor):
+for command in (init, train, plan, job, report, topology, checkpoint, data, bench, doctor):
     slowmo.add_command(command)
 
 

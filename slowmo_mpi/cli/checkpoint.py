@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FAULT_FOUND
-from .plan import size
+from ..units import size
 from .say import note
 
 if TYPE_CHECKING:

@@ -10,11 +10,13 @@ import click
 def init(task: str) -> None:
     """Print a commented configuration for TASK with every key, on stdout.
 
-    TASK is fashion-mnist, digits, quadratic, or your own "package.module:factory".
+    TASK is fashion-mnist, digits, quadratic, one of the paper's experiments, cifar10, imagenet or wmt16, or your own
+    "package.module:factory".
 
     \b
     Example:
       slowmo init fashion-mnist > my.toml
+      slowmo init imagenet
     """
     from .. import presets
 

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from ..units import size
 from .say import config_argument
 
 
@@ -37,6 +38,7 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         ("  optimizer", size(p.optimizer_bytes)),
         ("  anchor and slow momentum", size(p.slow_bytes)),
         *([("  what rounding took", size(p.error_bytes))] if p.error_bytes else []),
+        *([("  parameters as autocast", size(p.cast_bytes))] if p.cast_bytes else []),
         ("  messages", size(p.message_bytes)),
         ("sent per rank and step", f"{size(base + outer)} ({size(base)} base, {size(outer)} outer step)"),
         ("  AllReduce-SGD would send", size(p.allreduce_bytes_per_step)),
@@ -51,12 +53,3 @@ def plan(config: str, overrides: tuple[str, ...], ranks: int, as_json: bool) -> 
         rows.append(("graph", f"{p.topology}: {mixing}"))
     for name, value in rows:
         click.echo(f"{name:<28}{value}")
-
-
-def size(count: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -5,12 +5,36 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..launch import terminal_columns
 from .say import note
 
-NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "communication_share", "consensus")
+NOT_METRICS = (
+    "kind", "step", "epoch", "time_s", "lr", "samples_per_s", "communication_share", "input_share",
+    "sent_bytes_per_step", "consensus",
+)  # fmt: skip
+
+
+def spread_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The metrics that a record has for each worker: name -> the keys of minimum, mean and maximum that are there."""
+    keys = {k: [f"{k}_{end}" for end in ("min", "mean", "max") if f"{k}_{end}" in record] for k in record}
+    return {k: found for k, found in keys.items() if len(found) > 1}
+
+
+def metrics_of(record: Mapping[str, Any]) -> str:
+    """The metrics of a line of metrics.jsonl, in words; of an evaluation also how far the workers differ."""
+    spread = spread_of(record)
+    hidden = {key for keys in spread.values() for key in keys}.union(NOT_METRICS)
+    told = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k not in hidden]
+    measured = {k: [record[key] for key in keys] for k, keys in spread.items() if len(keys) == 3}
+    differ = [
+        f"{k} {low:.4f} to {high:.4f} (mean {mean:.4f})" for k, (low, mean, high) in measured.items() if low != high
+    ]
+    if measured:
+        told.append(f"workers: {', '.join(differ) or 'all alike'}")
+    return "  ".join(told)
 
 
 class Progress:
@@ -43,11 +67,7 @@ class Progress:
         self._line(text)
 
     def record(self, record: dict[str, Any]) -> None:
-        metrics = "  ".join(
-            f"{name} {value:.4f}"
-            for name, value in record.items()
-            if name not in NOT_METRICS and name != "sent_bytes_per_step"
-        )
+        metrics = metrics_of(record)
         if record["kind"] == "eval":
             metrics += "  " if metrics else ""
             tested = "test after" if metrics else "after"

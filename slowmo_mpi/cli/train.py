@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DONE, INTERRUPTED, STOPPED_EARLY, SlowmoError, UsageError
-from .progress import Progress
+from .progress import NOT_METRICS, Progress, spread_of
 from .say import config_argument, note, say
 
 if TYPE_CHECKING:
@@ -237,9 +237,8 @@ def _finish(job: Job, last: dict[str, Any], as_json: bool) -> int:
     if "stopped" in last:
         note(f"stopped after step {last['step']} ({last['stopped']}), with a checkpoint; go on with --resume {folder}")
         return STOPPED_EARLY
-    metrics = ", ".join(
-        f"{k} {v:.4g}" for k, v in last.items() if k not in ("kind", "step", "epoch", "time_s", "consensus")
-    )
+    hidden = {key for keys in spread_of(last).values() for key in keys}.union(NOT_METRICS)
+    metrics = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k not in hidden)
     note(f"done in {last['time_s']:.0f} s{': test ' + metrics if metrics else ''}")
     note(f"run folder: {folder} (manifest.json, config.toml, metrics.jsonl, model.pt, checkpoints)")
     return DONE

@@ -27,7 +27,8 @@ def begin(way: str, model: nn.Module, comm: Endpoint) -> Hooks | Thread:
     """Have somebody poll while the model computes, until it is closed.
 
     auto: hooks for a model on the CPU, where a thread would take time from the one that computes; a thread for one on
-    a GPU, whose layers only queue work. A thread needs an MPI that several threads may use.
+    a GPU, whose layers only queue work. A thread needs an MPI that several threads may use. (Inside a compiled model
+    no hook polls: choose the thread.)
     """
     if way == "thread" and not comm.allows_threads:
         raise UsageError("This MPI does not allow progress by a thread.", "Choose progress = hooks.")
@@ -52,6 +53,8 @@ class Hooks:
             hook.remove()
 
     def _poll(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # else the graph would break after every layer
+            return
         if self._comm.busy:
             now = time.perf_counter()
             if now - self._last_s > LEAST_S:

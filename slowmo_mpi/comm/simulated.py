@@ -58,6 +58,7 @@ class _World:
     ranks_per_host: int
     mail: dict[Hashable, deque[_Message]] = field(default_factory=dict)
     gathered: dict[Hashable, list[bytes | None]] = field(default_factory=dict)
+    desk: list[Any] = field(default_factory=list)
     activity: int = 0  # counts everything that can end somebody's wait
     failure: BaseException | None = None
     turns: list[threading.Semaphore] = field(init=False)
@@ -106,6 +107,11 @@ class SimulatedCommunicator(Endpoint):
         self.warnings: list[str] = []
         self._gathers = 0
         self._splits = 0
+
+    @property
+    def desk(self) -> list[Any]:
+        """A list that all ranks see, for what they do together outside of the algorithms."""
+        return self._world.desk
 
     def _isend(self, payload: Tensor, peer: int, tag: int) -> _Message:
         # Not copied here: like MPI, a payload changed while in flight arrives changed, and the tests see it.

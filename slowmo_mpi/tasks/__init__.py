@@ -28,6 +28,12 @@ Rules for a factory:
 - Load data at the first use of `train` or `test` (a property), not in the factory: `slowmo plan` builds the
   model on machines that have no data.
 
+What a task may have besides:
+- `train` and `test` may have `batches(order)`, which works ahead and can augment anew in every epoch: see `batches`.
+- A measure that is no mean over samples, or a loss to train on that is not the one to report, needs `evaluate` and
+  `score`: see `Evaluating`. `evaluation_batch`, a number, is how many test samples are read at once (256 without it).
+- `notes`, a list of lines, is shown when a run starts (what was left out of the data, say), and kept in its manifest.
+
 Importing this module imports neither torch nor any task.
 """
 
@@ -41,7 +47,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
@@ -55,6 +61,9 @@ BUILT_IN = {
     "quadratic": "slowmo_mpi.tasks.quadratic:quadratic",
     "digits": "slowmo_mpi.tasks.digits:digits",
     "fashion-mnist": "slowmo_mpi.tasks.fashion_mnist:fashion_mnist",
+    "cifar10": "slowmo_mpi.tasks.cifar10:cifar10",
+    "imagenet": "slowmo_mpi.tasks.imagenet:imagenet",
+    "wmt16": "slowmo_mpi.tasks.wmt16:wmt16",
 }
 """Short name -> the factory it stands for."""
 
@@ -104,6 +113,38 @@ class Task(Protocol):
         Used on batches of `train`, and in eval mode without gradients on batches of `test`. `model` and
         `batch` are on one device.
         """
+
+
+class Evaluating(Task, Protocol):
+    """A task that says itself how its test samples are measured. Both members, or neither."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Sums over the batch's samples, in eval mode without gradients; float64 or int64, numbers or vectors.
+
+        They are added over batches and ranks, so a measure of the whole set (BLEU) gives its counts.
+        """
+
+    def score(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics, from the sums over all test samples; in float64 or int64, on the CPU."""
+
+
+def batches(samples: Samples, order: Iterable[tuple[int, Tensor]]) -> Generator[Any]:
+    """The batches of `order`, pairs of an epoch and indices, in that order; close it to end what works ahead.
+
+    Samples with a method `batches(order)` of their own, a generator, may read ahead of the loop and draw their
+    augmentation from (seed, epoch, sample): what comes out is a function of `order` alone, so that a resumed run
+    sees what the uninterrupted one saw.
+    """
+    if hasattr(samples, "batches"):
+        yield from samples.batches(order)
+    else:
+        for _, indices in order:
+            yield samples.batch(indices)
+
+
+def means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The score that is a mean over samples: each sum over `samples`, their number."""
+    return {name: float(total) / float(sums["samples"]) for name, total in sums.items() if name != "samples"}
 
 
 def factory(name: str) -> Callable[..., Task]:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slowmo_mpi.errors import UsageError
+from slowmo_mpi.tasks import Samples, means
+
 
 class Images:
     """Labelled images, kept as bytes.
@@ -30,26 +33,56 @@ class Images:
 
 
 class Classification:
-    """The task of a classifier whose (train, test) images `read` loads at their first use."""
+    """The task of a classifier whose (train, test) images `read` loads at their first use.
 
-    def __init__(self, model: nn.Module, read: Callable[[], tuple[Images, Images]]):
-        self.model, self._read = model, read
+    label_smoothing: of the loss to train on, in [0, 1); top5: whether to measure that too. Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Callable[[], tuple[Samples, Samples]],
+        label_smoothing: float = 0.0,
+        top5: bool = False,
+    ):
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(
+                f"task.label_smoothing = {label_smoothing:g} is not in [0, 1).", "Type --set task.label_smoothing=0.1."
+            )
+        self.model, self.label_smoothing, self.top5, self._read = model, label_smoothing, top5, read
 
     @cached_property
-    def _images(self) -> tuple[Images, Images]:
+    def _images(self) -> tuple[Samples, Samples]:
         return self._read()
 
     @property
-    def train(self) -> Images:
+    def train(self) -> Samples:
         return self._images[0]
 
     @property
-    def test(self) -> Images:
+    def test(self) -> Samples:
         return self._images[1]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy in nats, and `accuracy`, the fraction of labels that are the largest logit."""
-        pixels, labels = batch
-        logits = model(pixels)
+        """Mean cross-entropy in nats, smoothed, and `accuracy`, the fraction of labels that are the largest logit."""
+        images, labels = batch
+        logits = model(images)
         accuracy = (logits.detach().argmax(dim=1) == labels).to(torch.float32).mean()
-        return functional.cross_entropy(logits, labels), {"accuracy": accuracy}
+        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), {"accuracy": accuracy}
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Sums of the negative log-likelihood in nats, without smoothing, and of labels among the largest logits."""
+        images, labels = batch
+        logits = model(images).float()
+        sums = {
+            "samples": torch.tensor(len(labels)),
+            "loss": functional.cross_entropy(logits, labels, reduction="sum").double(),
+            "accuracy": (logits.argmax(dim=1) == labels).sum(),
+        }
+        if self.top5:
+            sums["top5"] = (logits.topk(5).indices == labels[:, None]).sum()
+        return sums
+
+    def score(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all test samples."""
+        return means(sums)

@@ -13,7 +13,7 @@ from slowmo_mpi.tasks.classification import Classification, Images
 TEST_SAMPLES = 297
 
 
-def digits(context: Context, *, hidden: int = 64) -> Classification:
+def digits(context: Context, *, hidden: int = 64, label_smoothing: float = 0.0) -> Classification:
     """A perceptron with one hidden layer of `hidden` units: 75 `hidden` + 10 parameters.
 
     1,500 images to train, 297 to test, split once and for all. Raises UsageError when `hidden` < 1.
@@ -21,7 +21,7 @@ def digits(context: Context, *, hidden: int = 64) -> Classification:
     if hidden < 1:
         raise UsageError(f"task.hidden = {hidden} is not positive.", "Set task.hidden to 1 or more.")
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-    return Classification(model, read)
+    return Classification(model, read, label_smoothing)
 
 
 def read() -> tuple[Images, Images]:

@@ -19,7 +19,7 @@ CLASSES = 10
 MEAN, STD = 72.94, 90.02  # of the training images' bytes
 
 
-def fashion_mnist(context: Context, *, width: int = 16) -> Classification:
+def fashion_mnist(context: Context, *, width: int = 16, label_smoothing: float = 0.0) -> Classification:
     """A small convolutional network with batch normalisation, `width` channels in its first layer.
 
     60,000 images to train and 10,000 to test, from the four IDX files (gzipped or not) in `context.data`.
@@ -27,7 +27,7 @@ def fashion_mnist(context: Context, *, width: int = 16) -> Classification:
     """
     if width < 1:
         raise UsageError(f"task.width = {width} is not positive.", "Set task.width to 1 or more.")
-    return Classification(network(width), partial(read, context.data or DEBIAN_FOLDER))
+    return Classification(network(width), partial(read, context.data or DEBIAN_FOLDER), label_smoothing)
 
 
 class ChannelsLast(nn.Module):

@@ -20,6 +20,7 @@ class PySlowmoMpi(PythonPackage):
     variant("digits", default=True, description="The task `digits` (scikit-learn ships the images)")
     variant("plot", default=True, description="Pictures of graphs and runs")
     variant("tensorboard", default=False, description="TensorBoard event files")
+    variant("translation", default=False, description="The task `wmt16`: vocabularies and BLEU")
 
     depends_on("py-setuptools@77:", type="build")
     depends_on("python@3.11:", type=("build", "run"))
@@ -31,11 +32,14 @@ class PySlowmoMpi(PythonPackage):
         depends_on("py-jinja2@3.1:")
         depends_on("py-mpi4py@4.0:")
         depends_on("py-numpy@1.26:")
+        depends_on("py-pillow@10:")
         depends_on("py-safetensors@0.4:")
-        depends_on("py-torch@2.2:")
+        depends_on("py-torch@2.3:")
         depends_on("py-tqdm@4.66:")
         depends_on("py-xxhash@3.4:")
 
         depends_on("py-scikit-learn@1.3:", when="+digits")
         depends_on("py-matplotlib@3.8:", when="+plot")
         depends_on("py-tensorboard@2.15:", when="+tensorboard")
+        depends_on("py-sacrebleu@2.0:", when="+translation")
+        depends_on("py-sentencepiece@0.2:", when="+translation")

@@ -1,0 +1,1 @@
+"""Models of the paper's experiments, in plain torch."""
