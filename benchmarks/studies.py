@@ -191,14 +191,12 @@ def averaging() -> list[Case]:
 
 
 def skewed() -> list[Case]:
-    """Workers whose data differ."""
-    data, share = {"task.dirichlet": 0.1}, "each its own share"
-    cases = [Case(b, share, 16, {**PLAIN[b], **data}) for b in PLAIN]
-    cases += [Case(b, "all the same", 16, PLAIN[b]) for b in PLAIN]
-    for b in ("Local SGD", "SGP", "OSGP"):
-        cases.append(Case(f"{b} + SlowMo", share, 16, {**slow(b, 16), **data}))
-        cases.append(Case(f"{b} + SlowMo", "all the same", 16, slow(b, 16)))
-    return cases
+    """Workers whose data differ, on a network without batch-norm, whose statistics would differ too."""
+    group = {"task.group_norm": True}
+    data = {**group, "task.dirichlet": 0.1}
+    cases = [Case("AR-SGD", "all data alike", 16, {**PLAIN["AR-SGD"], **group})]
+    cases += [Case(b, "base", 16, {**settings, **data}) for b, settings in PLAIN.items()]
+    return cases + [Case(b, "SlowMo", 16, {**slow(b, 16), **data}) for b in PLAIN if b != "AR-SGD"]
 
 
 def theory() -> list[Case]:
@@ -415,7 +413,7 @@ STUDIES = {
     "momentum": Study("Slow momentum and slow learning rate, 16 workers", momentum(), "beta, or alpha", accuracies),
     "buffers": Study("The optimizer's buffers when a round starts, 16 workers", buffers(), "buffers", accuracies),
     "averaging": Study("Without the exact average, and with double averaging, 16 workers", averaging(), "", accuracies),
-    "skewed": Study("Workers whose data differ, 16 workers", skewed(), "data of Dirichlet 0.1", accuracies),
+    "skewed": Study("Workers whose data differ (Dirichlet 0.1), 16 workers", skewed(), "", accuracies),
     "translation": Study("English to German, 4 workers, 200 steps", translation(), "", accuracies),
     "theory": Study("Rate of convergence on the noisy quadratic, tau = 12", theory(), "steps", rates),
 }
