@@ -622,7 +622,7 @@ def test_a_pbs_job_whose_node_may_not_submit_says_what_to_type(stubs: Stubs) -> 
 def test_a_pbs_job_for_real_but_for_pbs(stubs: Stubs, mpirun: str, environment: dict[str, str]) -> None:
     """Two real ranks in the environment that PBS documents: stopped by its clock, submitted again, done."""
     place = site.parse({"scheduler": "pbs", "launcher": "openmpi"})
-    job = make(place, "run.steps=400", "checkpoint.every=0", time="4s", ranks_per_node=2)
+    job = make(place, "run.steps=3000", "checkpoint.every=0", time="4s", ranks_per_node=2)
     Path(job.folder).mkdir(parents=True)
     (Path(job.folder) / "doctor.txt").write_text("asked before\n")
     Path("nodes").write_text(f"{socket.gethostname()}\n" * 2)
@@ -634,7 +634,7 @@ def test_a_pbs_job_for_real_but_for_pbs(stubs: Stubs, mpirun: str, environment: 
     for name in {*TOOLS} - {"qsub"}:
         (stubs.bin / name).unlink()
     codes = []
-    for limit_s in (4, 3600):  # the first is over before it has begun
+    for limit_s in (1, 3600):  # the first is over before torch is imported
         Path("job.sh").write_text(script.render(dataclasses.replace(job, time_s=limit_s, venv=shell.Raw(""))))
         done = subprocess.run(
             ["bash", "job.sh"], env=world, capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL,
@@ -644,7 +644,7 @@ def test_a_pbs_job_for_real_but_for_pbs(stubs: Stubs, mpirun: str, environment: 
     assert codes == [STOPPED_EARLY, DONE], done.stderr
     assert len(stubs.calls("qsub")) == 1
     stopped_at = folder_log(job)[1]["step"]
-    assert 0 < stopped_at < 400 and f"from step {stopped_at}" in done.stderr
+    assert 0 < stopped_at < 3000 and f"from step {stopped_at}" in done.stderr
     assert len(list(Path(job.folder).glob("trial-*/model.pt"))) == 1
 
 
