@@ -294,17 +294,18 @@ def accuracies(study: Study, runs: dict[str, Any], seeds: int, picture: Path) ->
     shown = list(results(study, runs, seeds))
     columns = {label: column for label, column in COLUMNS.items() if column[0] in shown[0][1][0]}
     score = next(iter(columns.values()))
-    head = ["workers", *([study.x or "what"] if study.x != "workers" else []), ""]
-    head += [*columns, "SlowMo changes the first by", "seeds"]
+    compared = any(is_base(other, case) for case, _ in shown for other, _ in shown)
+    head = ["workers", *([study.x or "what"] if study.x != "workers" else []), "", *columns]
+    head += [*(["SlowMo changes the first by"] if compared else []), "seeds"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = {}
     for case, found in shown:
         cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in columns.values()]
         without = next((others for other, others in shown if is_base(other, case)), [])
         pairs = list(zip(found, without, strict=False))
-        change = told([a[score[0]] - b[score[0]] for a, b in pairs], score[1], score[2]) if pairs else ""
+        change = [told([a[score[0]] - b[score[0]] for a, b in pairs], score[1], score[2]) if pairs else ""]
         place = [str(case.ranks), *([str(case.x)] if study.x != "workers" else []), case.series]
-        rows.append(f"| {' | '.join([*place, *cells, change, str(len(found))])} |")
+        rows.append(f"| {' | '.join([*place, *cells, *(change if compared else []), str(len(found))])} |")
         lines.setdefault(case.series, []).append((case.x, found))
     draw(study, lines, [(label, name, scale) for label, (name, scale, _) in columns.items() if name != "loss"], picture)
     return "\n".join(rows)
