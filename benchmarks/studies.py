@@ -191,14 +191,12 @@ def averaging() -> list[Case]:
 
 
 def skewed() -> list[Case]:
-    """Workers whose data differ."""
-    data, share = {"task.dirichlet": 0.1}, "each its own share"
-    cases = [Case(b, share, 16, {**PLAIN[b], **data}) for b in PLAIN]
-    cases += [Case(b, "all the same", 16, PLAIN[b]) for b in PLAIN]
-    for b in ("Local SGD", "SGP", "OSGP"):
-        cases.append(Case(f"{b} + SlowMo", share, 16, {**slow(b, 16), **data}))
-        cases.append(Case(f"{b} + SlowMo", "all the same", 16, slow(b, 16)))
-    return cases
+    """Workers whose data differ, on a network without batch-norm, whose statistics would differ too."""
+    group = {"task.group_norm": True}
+    data = {**group, "task.dirichlet": 0.1}
+    cases = [Case("AR-SGD", "all data alike", 16, {**PLAIN["AR-SGD"], **group})]
+    cases += [Case(b, "base", 16, {**settings, **data}) for b, settings in PLAIN.items()]
+    return cases + [Case(b, "SlowMo", 16, {**slow(b, 16), **data}) for b in PLAIN if b != "AR-SGD"]
 
 
 def theory() -> list[Case]:
@@ -296,17 +294,18 @@ def accuracies(study: Study, runs: dict[str, Any], seeds: int, picture: Path) ->
     shown = list(results(study, runs, seeds))
     columns = {label: column for label, column in COLUMNS.items() if column[0] in shown[0][1][0]}
     score = next(iter(columns.values()))
-    head = ["workers", *([study.x or "what"] if study.x != "workers" else []), ""]
-    head += [*columns, "SlowMo changes the first by", "seeds"]
+    compared = any(is_base(other, case) for case, _ in shown for other, _ in shown)
+    head = ["workers", *([study.x or "what"] if study.x != "workers" else []), "", *columns]
+    head += [*(["SlowMo changes the first by"] if compared else []), "seeds"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = {}
     for case, found in shown:
         cells = [told([r[name] for r in found], scale, digits) for name, scale, digits in columns.values()]
         without = next((others for other, others in shown if is_base(other, case)), [])
         pairs = list(zip(found, without, strict=False))
-        change = told([a[score[0]] - b[score[0]] for a, b in pairs], score[1], score[2]) if pairs else ""
+        change = [told([a[score[0]] - b[score[0]] for a, b in pairs], score[1], score[2]) if pairs else ""]
         place = [str(case.ranks), *([str(case.x)] if study.x != "workers" else []), case.series]
-        rows.append(f"| {' | '.join([*place, *cells, change, str(len(found))])} |")
+        rows.append(f"| {' | '.join([*place, *cells, *(change if compared else []), str(len(found))])} |")
         lines.setdefault(case.series, []).append((case.x, found))
     draw(study, lines, [(label, name, scale) for label, (name, scale, _) in columns.items() if name != "loss"], picture)
     return "\n".join(rows)
@@ -415,7 +414,7 @@ STUDIES = {
     "momentum": Study("Slow momentum and slow learning rate, 16 workers", momentum(), "beta, or alpha", accuracies),
     "buffers": Study("The optimizer's buffers when a round starts, 16 workers", buffers(), "buffers", accuracies),
     "averaging": Study("Without the exact average, and with double averaging, 16 workers", averaging(), "", accuracies),
-    "skewed": Study("Workers whose data differ, 16 workers", skewed(), "data of Dirichlet 0.1", accuracies),
+    "skewed": Study("Workers whose data differ (Dirichlet 0.1), 16 workers", skewed(), "", accuracies),
     "translation": Study("English to German, 4 workers, 200 steps", translation(), "", accuracies),
     "theory": Study("Rate of convergence on the noisy quadratic, tau = 12", theory(), "steps", rates),
 }

@@ -115,7 +115,7 @@ class Compute:
     channels_last: bool = key(False, "memory order of images and convolutions with the channels last")
     vmap: bool = key(
         False,
-        "simulated ranks: the gradients of all in one torch.vmap, faster for small models; not the same bits",
+        "simulated ranks: the gradients of all in one torch.vmap; faster for some small models, not the same bits",
     )
 
 

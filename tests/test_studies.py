@@ -54,13 +54,16 @@ def test_interval_is_students(studies: ModuleType) -> None:
     assert studies.told([0.5, 0.5], 100.0) == "50.00 ± 0.00"
 
 
-def test_shares_differ_in_their_classes_and_are_the_same_every_time(studies: ModuleType) -> None:
-    from study_tasks import Skewed
+def test_shares_differ_in_their_classes_and_together_are_all(studies: ModuleType) -> None:
+    from study_tasks import Shared, split
 
     labels = torch.arange(4000).remainder(10).to(torch.uint8)
-    images = Images(torch.zeros(4000, 2, 2, dtype=torch.uint8), labels, 0.0, 1.0)
-    shares = [Skewed(images, 0.1, Context(rank, 4, 7, "")).share for rank in (0, 1, 1)]
-    assert torch.equal(shares[1], shares[2]) and len(shares[0]) == 1000
+    shares = split(labels.numpy().tobytes(), 4, 0.1, 7)
+    assert sorted(torch.cat([torch.from_numpy(s) for s in shares]).tolist()) == list(range(4000))
     counts = [Counter(labels[share].tolist()) for share in shares]
-    assert counts[0] != counts[1]
-    assert all(largest > 250 for c in counts for _, largest in c.most_common(1))  # an even split has 100 of each
+    assert all(sum(c.values()) == 1000 for c in counts)
+    assert any(largest > 250 for c in counts for _, largest in c.most_common(1))  # an even split has 100 of each
+
+    images = Images(torch.zeros(4000, 2, 2, dtype=torch.uint8), labels, 0.0, 1.0)
+    _, drawn = Shared(images, Context(2, 4, 7, ""), 0.1).batch(torch.tensor([0, 999, 1000, 3999]))
+    assert drawn.tolist() == labels[shares[2][[0, 999, 0, 999]]].tolist()
