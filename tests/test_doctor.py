@@ -111,8 +111,7 @@ with netlab.Lab(hosts=4, rate="200mbit") as lab:
     switch = f"{{lab.name}}-switch"
     if {what!r} == "slow":
         for place, device in ((f"{{lab.name}}-h3", netlab.INTERFACE), (switch, "h3")):
-            limit = netlab._limit(device, 20_000_000).replace("add", "replace")
-            netlab._batch(["tc", "-n", place], [limit])
+            netlab._batch(["tc", "-n", place], [netlab._limit(device, 20_000_000, "replace")])
     if {what!r} == "apart":  # the switch hands nothing on between two isolated ports, and nobody is told
         netlab._batch(["ip", "-n", switch], [f"link set h{{k}} type bridge_slave isolated on" for k in (2, 4)])
         for k, other in ((2, 4), (4, 2)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..launch import terminal_columns
+from ..units import clock
 from .say import note
 
 NOT_METRICS = (
@@ -84,8 +85,7 @@ class Progress:
             done, to_do = record["step"] - self._first, self._steps - record["step"]
             left = (time.perf_counter() - self._started) / max(1, done) * to_do
             self._line(
-                f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  {metrics}  {rates}  "
-                f"{int(left // 60)}:{int(left % 60):02d} left"
+                f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  {metrics}  {rates}  {clock(left)} left"
             )
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from ..checkpoint.files import Beginning, sync, write_at
 from ..checkpoint.write import together
 from ..comm import Endpoint
 from ..errors import SlowmoError, UsageError
-from ..units import size
+from ..units import clock, size
 from .decode import check, reason
 from .images import FORMAT, PART, SPLITS, VERSION, broken_limit, check_same, class_names, images_of, opened
 
@@ -196,7 +196,7 @@ def _blocks(images: int, comm: Endpoint, rank: int, verb: str, tell: Callable[[s
         now, done = time.monotonic(), first + BLOCK - share.start
         if comm.rank == 0 and now - told > TELL_S and done < len(share):
             left = (now - started) / done * (len(share) - done)
-            tell(f"{verb} {done / len(share):.0%}, {int(left // 60)}:{int(left % 60):02d} left")
+            tell(f"{verb} {done / len(share):.0%}, {clock(left)} left")
             told = now
 
 
