@@ -148,6 +148,7 @@ def main() -> None:
         subprocess.run(
             [*command, "--set", f"run.folder={undisturbed}"],
             cwd=place, env={**os.environ, **environment}, stderr=subprocess.DEVNULL, check=True,
+            timeout=LIMIT_S,
         )  # fmt: skip
         click.echo("# A time limit far too short\n")
         good = Story(cluster, place, environment, "--time", "1m").tell(undisturbed)

@@ -97,6 +97,7 @@ buffers = "maintain"
 [checkpoint]
 every = 0
 """
+RUN_S = 3600  # of a run on real ranks, which takes minutes
 BETA = {4: 0.2, 8: 0.4, 16: 0.6, 32: 0.7}
 """The authors' slow momentum by the number of workers, 0.7 their CIFAR-10 choice for 32."""
 OFF = {"slowmo.beta": 0.0, "slowmo.tau": 0}
@@ -229,7 +230,7 @@ def run_real(case: Case, seed: int) -> dict[str, Any]:
             f"--set={k}={json.dumps(v)}" for k, v in {**case.settings, "run.seed": seed, "run.folder": name}.items()
         ]
         command = [sys.executable, "-P", "-m", "slowmo_mpi", "train", str(file), "-n", str(case.ranks), *words]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True, timeout=RUN_S)
         return outcome(next(Path(name).glob("*/metrics.jsonl")), started)
 
 
