@@ -24,13 +24,14 @@ from test_resume import begin, go_on, lines, same_files
 from worlds import Real
 
 from slowmo_mpi import config, presets, simulate, tasks
-from slowmo_mpi.data import decode, loader, pack
+from slowmo_mpi.data import NOT_COUNTED, decode, loader, pack
 from slowmo_mpi.data.images import source
 from slowmo_mpi.data.loader import Images
 from slowmo_mpi.errors import DONE, SlowmoError, UsageError
 from slowmo_mpi.models.resnet import resnet18, resnet50
 from slowmo_mpi.tasks import Context
 from slowmo_mpi.tasks.cifar10 import ARCHIVE, NAMES, TRAIN
+from slowmo_mpi.tasks.classification import Classification
 
 LIMIT_S = 120
 CLASSES = 3
@@ -245,6 +246,20 @@ def test_a_broken_image_is_named_counted_and_replaced(
         (place / "train" / "n00000000" / name).write_bytes(b"no JPEG")
     with pytest.raises(SlowmoError, match=r"2 of \d+ images cannot be decoded, the last one .*JPEG: "):
         list(images(place, workers).batches(order(42, 1)))
+
+
+def test_what_stands_for_a_broken_image_is_not_counted_in_testing(tmp_path: Path) -> None:
+    place = write_folder(tmp_path / "net")
+    cut(sorted((place / "train" / "n00000001").iterdir())[0], 400)  # sample 14
+    _, labels = images(place, augment=False).batch(torch.arange(12, 18))
+    assert labels.tolist() == [0, 0, NOT_COUNTED, 1, 1, 1]
+    task = Classification(torch.nn.Identity(), lambda: pytest.fail("no data are read"))
+    logits = torch.eye(3)[[0, 0, 1, 1, 1, 2]]
+    sums = task.evaluate(task.model, (logits, labels))
+    assert sums["samples"] == 5 and sums["accuracy"] == 4
+    kept = [0, 1, 3, 4, 5]
+    wanted = torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+    assert sums["loss"] == pytest.approx(float(wanted))
 
 
 def test_too_many_broken_images_are_told_early(tmp_path: Path) -> None:

@@ -287,6 +287,14 @@ def test_states(runs: Path, process: subprocess.Popen[bytes]) -> None:
     assert "stopped after step 24: SIGUSR1" in table.text(compare([read(folder)]))
 
 
+def test_a_run_that_failed_before_it_began_is_one(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "early").mkdir(parents=True)
+    (tmp_path / "runs" / "early" / "error.txt").write_text("slowmo_mpi.errors.SlowmoError: There is no data.\n")
+    (run,) = find([tmp_path / "runs"])
+    assert (run.state, run.why) == ("failed", "There is no data.")
+    assert "There is no data." in table.text(compare([run]))
+
+
 def test_a_run_that_began_elsewhere_counts_its_own_steps(runs: Path) -> None:
     """resume.py starts a new folder from a checkpoint file; a folder that goes on keeps its first life's start."""
     folder = runs / "sgp"

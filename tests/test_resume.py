@@ -266,17 +266,20 @@ def test_a_task_with_a_state_of_its_own(tmp_path: Path) -> None:
 # ---- from outside ----
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with my.toml, a task of test_faults, slow enough to be caught in the middle."""
-    (tmp_path / "faulty.py").write_text(FAULTY.replace("self.steps += 1", "self.steps += 1; time.sleep(0.005)"))
+    """A working directory with my.toml, a task of test_faults that dawdles where it is to be caught in the middle."""
+    dawdling = "self.steps += 1; time.sleep(float(os.environ.get('DAWDLE_S', 0)))"
+    (tmp_path / "faulty.py").write_text(FAULTY.replace("self.steps += 1", dawdling))
     (tmp_path / "my.toml").write_text(CONFIG.replace("1000000", "1200") + "[checkpoint]\nevery = 100\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def start(program: list[str], env: dict[str, str], until: str = "step ") -> subprocess.Popen[str]:
-    """The command, running, once it has said `until`."""
+    """The command, dawdling, once it has said `until`."""
     with open("stderr", "w") as stderr:
-        job = subprocess.Popen(program, env=env, stdin=subprocess.DEVNULL, stderr=stderr, text=True)
+        job = subprocess.Popen(
+            program, env={**env, "DAWDLE_S": "0.005"}, stdin=subprocess.DEVNULL, stderr=stderr, text=True
+        )
     deadline = time.monotonic() + LIMIT_S
     while until not in Path("stderr").read_text() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -338,7 +341,7 @@ def test_a_signal_stops_with_a_checkpoint_and_resume_ends_the_run(
 
 
 def test_the_wall_time_stops_with_a_checkpoint(here: Path, environment: dict[str, str], mpirun: str) -> None:
-    ended = run(command("-n", "--set", "run.stop_after=6s"), environment)
+    ended = run(command("-n", "--set", "run.stop_after=6s"), {**environment, "DAWDLE_S": "0.01"})
     assert ended.code == STOPPED_EARLY, ended.stderr
     assert "(run.stop_after), with a checkpoint" in ended.stderr
 

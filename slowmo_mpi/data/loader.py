@@ -5,7 +5,7 @@ decoders are therefore fresh Pythons (vfork and exec, which copies nothing), wit
 one piece of memory for pixels; they never hold the lock that the rank's own Python needs.
 
 An image that cannot be decoded is named, counted, and replaced by the next one of the split that can, so that a batch
-is a function of its samples' numbers and the epoch alone.
+is a function of its samples' numbers and the epoch alone. Where nothing is learned the replacement is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SlowmoError
-from . import decode
+from . import NOT_COUNTED, decode
 from .decode import CENTRE, Decoder, Reply, Task
 from .images import Source, broken_limit
 
@@ -48,7 +48,8 @@ class Images:
     """The images of a split as samples: uint8 (b, 3, side, side), channels last in memory, and labels, int64 (b,).
 
     augment: in `batches` a random crop, half of the time mirrored, which depends on seed, epoch and sample alone;
-    else, and in `batch`, the centre. workers: processes that decode; 0: this one does.
+    else, and in `batch`, the centre. Without it, what stands for a broken image has the label NOT_COUNTED.
+    workers: processes that decode; 0: this one does.
     """
 
     def __init__(self, source: Source, side: int, seed: int, augment: bool, workers: int):
@@ -81,6 +82,7 @@ class Images:
             return
         slots = AHEAD * len(item[1])
         samples, epochs = np.zeros(slots, np.int64), np.zeros(slots, np.int64)  # what each slot is for
+        labels = np.zeros(slots, np.int64)
         missing: set[int] = set()  # slots
         under_way: deque[list[int]] = deque()  # the slots of each batch
         begun = done = 0  # images
@@ -89,6 +91,7 @@ class Images:
                 while item is not None and begun + len(item[1]) - done <= slots:
                     mine = [q % slots for q in range(begun, begun + len(item[1]))]
                     epochs[mine], samples[mine] = item[0], item[1].numpy()
+                    labels[mine] = self.source.labels[samples[mine]]
                     for slot in mine:
                         decoders.submit(self.source.task(slot, int(epochs[slot]), int(samples[slot])))
                     self._asked += len(mine)
@@ -101,12 +104,13 @@ class Images:
                     slot, fault = decoders.reply()
                     if fault:
                         samples[slot] = self._instead_of(int(samples[slot]), fault)
+                        labels[slot] = self.source.labels[samples[slot]] if self.augment else NOT_COUNTED
                         decoders.submit(self.source.task(slot, int(epochs[slot]), int(samples[slot])))
                     else:
                         missing.remove(slot)
                 done += len(mine)
                 pixels = torch.from_numpy(decoders.pixels[mine]).permute(0, 3, 1, 2)
-                yield pixels, torch.from_numpy(self.source.labels[samples[mine]])
+                yield pixels, torch.from_numpy(labels[mine])
 
     def _instead_of(self, sample: int, fault: str) -> int:
         """The sample to take for one that is broken. Raises: SlowmoError where too many are."""

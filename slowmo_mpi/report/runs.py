@@ -21,6 +21,7 @@ from ..errors import UsageError, did_you_mean
 
 CONFIG = "config.toml"
 FILES = ("manifest.json", CONFIG, "metrics.jsonl")
+ERROR = "error.txt"
 NOT_METRICS = ("kind", "step", "epoch", "time_s", "lr", "samples_per_s", "consensus", "skipped_steps")
 HINT = "Give the run folder that `slowmo train` told, or the folder that holds several: slowmo report runs"
 SILENT_S = 600.0  # a run on another host that has written nothing for so long may be dead,
@@ -53,7 +54,7 @@ class Run:
         result = self.manifest.get("result")
         if result in ("done", "stopped"):
             return str(result)
-        if (self.folder / "error.txt").exists():
+        if (self.folder / ERROR).exists():
             return "failed"
         alive = _is_alive(self.manifest)
         if alive is not None:
@@ -75,7 +76,7 @@ class Run:
         if self.state == "stopped":
             return str(self.manifest.get("reason", ""))
         with contextlib.suppress(OSError):
-            lines = (self.folder / "error.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = (self.folder / ERROR).read_text(encoding="utf-8", errors="replace").split("\n")
             # An error of ours is two lines, message and hint; the line that names the exception is the message.
             named = [line for line in lines if line[:1].strip() and ("Error: " in line or "Exception: " in line)]
             last = (named or [line for line in lines if line.strip()] or [""])[-1].strip()
@@ -224,7 +225,8 @@ MOVES = {f"{section.name}.{k.name}" for section, keys in sections() for k in key
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """A configuration alone is a run that has not begun, or lies in a job's folder, which holds the run's."""
+    """A configuration alone is a run that has not begun, or lies in a job's folder, which holds the run's; an error
+    alone, one that failed before it began."""
     if any((folder / name).is_file() for name in FILES if name != CONFIG):
         yield folder
         return
@@ -233,7 +235,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink() and child.name[:1] != ".":
                 inside += _run_folders(child)
-    yield from inside or [folder] * (folder / CONFIG).is_file()
+    yield from inside or [folder] * any((folder / name).is_file() for name in (CONFIG, ERROR))
 
 
 def _records(path: Path) -> tuple[list[Record], list[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slowmo_mpi.data import NOT_COUNTED
 from slowmo_mpi.errors import UsageError
 from slowmo_mpi.tasks import Samples, means
 
@@ -71,12 +72,15 @@ class Classification:
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), {"accuracy": accuracy}
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Sums of the negative log-likelihood in nats, without smoothing, and of labels among the largest logits."""
+        """Sums of the negative log-likelihood in nats, without smoothing, and of labels among the largest logits.
+
+        Images whose label is NOT_COUNTED are not.
+        """
         images, labels = batch
         logits = model(images).float()
         sums = {
-            "samples": torch.tensor(len(labels)),
-            "loss": functional.cross_entropy(logits, labels, reduction="sum").double(),
+            "samples": (labels != NOT_COUNTED).sum(),
+            "loss": functional.cross_entropy(logits, labels, ignore_index=NOT_COUNTED, reduction="sum").double(),
             "accuracy": (logits.argmax(dim=1) == labels).sum(),
         }
         if self.top5:
