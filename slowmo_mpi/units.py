@@ -11,5 +11,6 @@ def size(count: float) -> str:
 
 
 def clock(time_s: float) -> str:
-    """Seconds as M:SS."""
-    return f"{int(time_s // 60)}:{int(time_s % 60):02d}"
+    """Seconds as M:SS, from an hour up as H:MM:SS."""
+    minutes, rest = divmod(int(time_s), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -18,6 +18,7 @@ import pytest
 from slowmo_mpi import __version__, config, presets
 from slowmo_mpi.cli import slowmo as group
 from slowmo_mpi.errors import DONE, USAGE
+from slowmo_mpi.units import clock
 
 LIMIT_S = 120
 HEAVY = {"torch", "mpi4py", "h5py", "numpy", "tqdm", "matplotlib"}
@@ -95,6 +96,10 @@ def test_help_answers_at_once() -> None:
     for path in ALL:
         took_s = best_s([sys.executable, "-m", "slowmo_mpi", *path, "--help"])
         assert took_s < max(0.3, 2.5 * bare_s), " ".join(path)
+
+
+def test_a_time_that_is_left_is_short_where_it_can_be() -> None:
+    assert [clock(s) for s in (0.4, 61.9, 3599, 3600, 90061)] == ["0:00", "1:01", "59:59", "1:00:00", "25:01:01"]
 
 
 def test_version() -> None:

@@ -853,7 +853,7 @@ def test_status_shows_each_task_of_a_sweep(stubs: Stubs) -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["task", "1", "2", "10", "others"], done.stdout
     assert [line.split()[2] for line in lines[1:]] == ["RUNNING", "RUNNING", "unknown", "PENDING"]
-    assert "PENDING 0:00/5:00 (Resources)" in lines[-1] and "step 20, 0:00:0" in lines[1]
+    assert "PENDING 0:00/5:00 (Resources)" in lines[-1] and "step 20, 0:0" in lines[1]
     shown = json.loads(slowmo("status", str(folder), "--json", stubs=stubs).stdout)
     assert [s["task"] for s in shown] == ["1", "2", "10", "others"] and shown[0]["left_s"] == 5.0
 

@@ -9,6 +9,7 @@ import time
 
 import click
 
+from ..units import clock
 from .say import config_argument, note
 
 
@@ -140,23 +141,18 @@ def status(run: str, as_json: bool) -> None:
         return
     rows = [("task", "job", "state", "attempt", "step", "loss", "samples/s", "left", "checkpoint", "last attempt")]
     for s in found:
-        clock = f" {s.elapsed}/{s.limit}" if s.limit else ""
-        state = f"{s.state or 'unknown'}{clock}{f' ({s.reason})' if s.reason else ''}"
-        saved = f"step {s.checkpoint_step}, {span(s.checkpoint_age_s)} ago" if s.checkpoint_age_s is not None else "-"
+        of_limit = f" {s.elapsed}/{s.limit}" if s.limit else ""
+        state = f"{s.state or 'unknown'}{of_limit}{f' ({s.reason})' if s.reason else ''}"
+        saved = f"step {s.checkpoint_step}, {clock(s.checkpoint_age_s)} ago" if s.checkpoint_age_s is not None else "-"
         rows.append(
             (
                 s.task or "-", s.job or "-", state + (f", {s.waiting} more waiting" if s.waiting else ""),
                 str(s.attempts), f"{s.step if s.step is not None else '-'}/{s.steps or '-'}",
                 f"{s.loss:.4g}" if s.loss is not None else "-",
                 f"{s.samples_per_s:,.0f}" if s.samples_per_s is not None else "-",
-                span(s.left_s) if s.left_s is not None else "-", saved, s.outcome or "-",
+                clock(s.left_s) if s.left_s is not None else "-", saved, s.outcome or "-",
             )
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def span(time_s: float) -> str:
-    """Seconds as H:MM:SS."""
-    return f"{int(time_s // 3600)}:{int(time_s % 3600 // 60):02d}:{int(time_s % 60):02d}"
