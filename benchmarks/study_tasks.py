@@ -106,7 +106,7 @@ def split(labels: bytes, ranks: int, concentration: float, seed: int) -> list[np
 
 
 def theory(context: Context, **options: Any) -> Quadratic:
-    """The quadratic; shown is also `gradient`, |grad f|^2 of the mean f at the worker's own point."""
+    """The quadratic; shown is also `gradient`, |grad f|^2 of the mean f: evaluated, at the workers' mean."""
     task = quadratic(context, **options)
     loss, scale, optimum = task.loss, task.eigenvalues.float(), task.optimum.float()
 

@@ -42,7 +42,7 @@ def test_a_case_is_run_and_shown(studies: ModuleType, tmp_path: Path) -> None:
     cases = [c for c in study.cases if c.x == study.cases[0].x and c.ranks < 16]
     short = [dataclasses.replace(c, settings={**c.settings, "run.steps": 24, "run.log_every": 24}) for c in cases]
     runs = {case.key(0): studies.run(case, 0) for case in short}
-    assert all(run["train_gradient"] > 0 for run in runs.values())
+    assert all(run["gradient"] > 0 for run in runs.values())
     points = [dataclasses.replace(case, x=x) for case in short for x in (24, 48, 96)]
     table = studies.rates(dataclasses.replace(study, cases=points), runs, 1, tmp_path / "theory.png")
     assert table.count("| m = ") == len(short) and (tmp_path / "theory.png").stat().st_size > 10_000
