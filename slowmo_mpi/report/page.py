@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
 from html import escape
 
@@ -87,10 +88,15 @@ def _table(comparison: Comparison) -> str:
     kinds = [' class="word"' if word else "" for word in are_words(lines)]
     head = "".join(f"<th{kind}>{escape(h)}</th>" for h, kind in zip(heads, kinds, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(line, kinds, strict=True)) + "</tr>"
+        "<tr>" + "".join(f"<td{k}>{_whole(escape(c))}</td>" for c, k in zip(line, kinds, strict=True)) + "</tr>"
         for line in lines
     )  # fmt: skip
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _whole(text: str) -> str:
+    """A number stays beside its unit, on paper too, where lines are broken."""
+    return re.sub(r"(?<=\d) (?=[A-Za-z])", "\N{NO-BREAK SPACE}", text)
 
 
 def _legend(comparison: Comparison) -> str:
@@ -139,7 +145,7 @@ def _run(run: Run, labels: dict[int, str]) -> list[str]:
     started = str(run.manifest.get("started", "-"))[:16].replace("T", " ")
     label = labels[id(run)]
     cells_ = [run.name, "" if label == run.name else label, str(run.settings.get("run.seed")), started,
-              span(run.time_s), run.state]  # fmt: skip
+              _whole(span(run.time_s)), run.state]  # fmt: skip
     return [*map(escape, cells_), f"<code>{escape(typed)}</code>"]
 
 
