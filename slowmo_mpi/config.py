@@ -322,7 +322,12 @@ class Config:
         if opt.milestones and opt.schedule != "step":
             raise UsageError(
                 f'optimizer.milestones belongs to the schedule "step"; optimizer.schedule is "{opt.schedule}".',
-                "Type --set optimizer.schedule=step.",
+                "Type --set optimizer.schedule=step, or --set optimizer.milestones=[].",
+            )
+        if not all(0 <= milestone < math.inf for milestone in opt.milestones):
+            raise UsageError(
+                f"optimizer.milestones = {opt.milestones} are not all finite numbers from 0 up.",
+                "Type for example --set optimizer.milestones=[30,60].",
             )
 
 

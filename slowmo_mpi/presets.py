@@ -13,6 +13,7 @@ from . import tasks
 from .config import Config, Optimizer, Run, Slow, Task, dump
 
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+BY_EPOCHS: dict[str, Any] = SGD | {"schedule": "step", "unit": "epochs", "warmup": 5, "warmup_from": 0.1}
 PRESETS = {
     "fashion-mnist": Config(
         run=Run(name="fashion-mnist", epochs=3),
@@ -35,17 +36,13 @@ PRESETS = {
     "cifar10": Config(
         run=Run(name="cifar10", epochs=200, eval_workers=True),
         task=Task(name="cifar10", batch_size=128, data="data/cifar10"),
-        optimizer=Optimizer(
-            **SGD, reference_batch=128, warmup=5, warmup_from=0.1, schedule="step", milestones=[100, 150, 175]
-        ),
+        optimizer=Optimizer(**BY_EPOCHS, reference_batch=128, milestones=[100, 150, 175]),
         slowmo=Slow(tau=12, beta=0.6),
     ),
     "imagenet": Config(
         run=Run(name="imagenet", epochs=90, eval_workers=True, worker="node"),
         task=Task(name="imagenet", batch_size=32, data="data/imagenet"),
-        optimizer=Optimizer(
-            **SGD, reference_batch=256, warmup=5, warmup_from=0.1, schedule="step", milestones=[30, 60, 80]
-        ),
+        optimizer=Optimizer(**BY_EPOCHS, reference_batch=256, milestones=[30, 60, 80]),
         slowmo=Slow(tau=48, beta=0.6),
     ),
     "wmt16": Config(

@@ -180,6 +180,8 @@ def test_a_wrong_key_or_value_is_named(override: str, words: list[str]) -> None:
         (["optimizer.name=adam", "optimizer.betas=[0.9]"], ["optimizer.betas = [0.9]", "two numbers"]),
         (["optimizer.name=adam", "optimizer.betas=[0.9,1]"], ["optimizer.betas = [0.9, 1.0]", "two numbers"]),
         (["optimizer.nesterov=true"], ["optimizer.nesterov", "--set optimizer.momentum=0.9"]),
+        (["optimizer.schedule=step", "optimizer.milestones=[nan]"], ["optimizer.milestones", "finite"]),
+        (["optimizer.schedule=step", "optimizer.milestones=[-1]"], ["optimizer.milestones", "from 0 up"]),
         (["optimizer.milestones=[1]"], ["optimizer.milestones", '"constant"', "--set optimizer.schedule=step"]),
     ],
 )

@@ -158,6 +158,7 @@ CIFAR_FAULTS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: cut(f / TRAIN[2], 3073 * 20 + 5), r"data_batch_3.bin is cut short: 61465 bytes .* 3073"),
     (lambda f: cut(f / TRAIN[4], 3073 * 20), r"data_batch_5.bin holds 20 images, and data_batch_1.bin 24"),
     (lambda f: cut(f / "test_batch.bin", 0), r"test_batch.bin is cut short: 0 bytes"),
+    (lambda f: cut(f / "test_batch.bin", 3073 * 20), r"test_batch.bin holds 20 images, and data_batch_1.bin 24"),
     (lambda f: (f / TRAIN[3]).unlink(), r"There is no file .*data_batch_4.bin"),
     (lambda f: (f / NAMES).unlink(), r"has no batches.meta.txt"),
     (lambda f: ((f / NAMES).rename(f / "x"), (f / TRAIN[0]).rename(f / "data_batch_1")), r"the Python version"),
@@ -260,6 +261,20 @@ def test_what_stands_for_a_broken_image_is_not_counted_in_testing(tmp_path: Path
     kept = [0, 1, 3, 4, 5]
     wanted = torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
     assert sums["loss"] == pytest.approx(float(wanted))
+
+
+def test_hidden_files_are_no_images_and_a_link_that_leads_nowhere_is_a_broken_one(tmp_path: Path) -> None:
+    place = write_folder(tmp_path / "net")
+    here = place / "train" / "n00000001"
+    (here / "._n00000001_00.JPEG").write_bytes(b"of a Mac")
+    assert len(source(place, "train").labels) == 42
+    first = sorted(here.glob("n*"))[0]
+    first.unlink()
+    first.symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"net is a folder.*"):
+        simulate(1, packing, place, place)
+    result = simulate(1, packing, place, tmp_path / "net.h5")[0]
+    assert result.broken == 1 and result.images == {"train": 41, "val": 15}
 
 
 def test_too_many_broken_images_are_told_early(tmp_path: Path) -> None:

@@ -295,6 +295,43 @@ def test_a_run_that_failed_before_it_began_is_one(tmp_path: Path) -> None:
     assert "There is no data." in table.text(compare([run]))
 
 
+def test_a_run_that_diverged_ends_with_no_number_and_is_ranked_last(runs: Path) -> None:
+    folder = runs / "sgp"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if '"eval"' in line)
+    lines[last] = json.dumps({**json.loads(lines[last]), "loss": None})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    comparison = compare(find([runs]), target="loss=0.1")
+    (row,) = (row for row in comparison.rows if folder in {run.folder for run in row.runs})
+    assert row.last(Metric("eval", "loss")) is None and comparison.ranking()[-1] is row
+
+
+def test_other_data_are_another_setting(runs: Path) -> None:
+    for name, seed, place in (("a", 0, "here"), ("b", 1, "there")):
+        copy = Path(shutil.copytree(runs / "sgp", runs / "copies" / name))
+        text = (copy / "config.toml").read_text()
+        text = re.sub(r"(?m)^seed = .*", f"seed = {seed}", text)
+        (copy / "config.toml").write_text(re.sub(r"(?m)^data = .*", f'data = "{place}"', text))
+    assert [row.label for row in compare(find([runs / "copies"])).rows] == ["here", "there"]
+
+
+def test_names_of_metrics_tell_what_is_better() -> None:
+    assert [Metric("eval", n).higher for n in ("accuracy", "top5", "top5_error", "loss")] == [True, True, False, False]
+
+
+def test_a_dollar_in_a_name_and_a_name_too_long(runs: Path, tmp_path: Path) -> None:
+    names = ["$\\alpha_$", "lr$0.1$x_{$"]
+    for name in names:
+        shutil.copytree(runs / "sgp", runs / "copies" / name)
+    comparison = compare(find([runs / "copies"]))
+    assert [row.label for row in comparison.rows] == names
+    for figure in figures.figures(comparison):
+        figures.png(figure, comparison, tmp_path / "a.png")
+        assert all(figures.svg(panel) for panel in figure.panels)
+    with pytest.raises(UsageError, match="There is no run"):
+        find(["x" * 300])
+
+
 def test_a_run_that_began_elsewhere_counts_its_own_steps(runs: Path) -> None:
     """resume.py starts a new folder from a checkpoint file; a folder that goes on keeps its first life's start."""
     folder = runs / "sgp"

@@ -201,6 +201,13 @@ def test_a_vocabulary_that_the_text_does_not_give_is_refused(corpus: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_long_lines_are_learned_from_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(("quiz " * 2000 + "\n") * 3)
+    learn([tmp_path / "a.txt"], 12, tmp_path / "v.model")
+    (tokens,) = Vocabulary(tmp_path / "v.model").encode(["quiz quiz"])
+    assert tokens and vocabulary.UNKNOWN not in tokens
+
+
 @pytest.mark.parametrize("content, message", [
     (b"f\xfcnf\n", r"^.*a\.txt, line 1, is not UTF-8: byte 0xfc at column 2\.\nMend"),
     (b"\n \n", "There is no text in"),

@@ -147,7 +147,8 @@ def images_of(place: Path) -> list[str]:
     """The names of the images in a class's folder, sorted."""
     try:
         with os.scandir(place) as entries:
-            return sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]  # a Mac's ._a.JPEG is none
+            return sorted(name for name in names if name.lower().endswith(SUFFIXES))
     except OSError as error:
         raise SlowmoError(f"{place} cannot be read: {error.strerror or error}.", "Mend that first.") from None
 

@@ -73,6 +73,8 @@ def pack(folder: Path, file: Path, comm: Endpoint, tell: Callable[[str], None]) 
     Raises: SlowmoError, on one rank or on all, where something cannot be read or written, where too many images are
     broken, or where other bytes are read back than were written.
     """
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder.", f"Give the packed file's name: {file / 'images.h5'}")
     if file.exists():
         raise UsageError(f"There is a {file} already.", f"To pack it anew, type: rm {file}")
     part = file.with_name(file.name + PART)
@@ -141,10 +143,14 @@ def _list(folder: Path, comm: Endpoint) -> tuple[list[str], dict[str, Listing]]:
 
 
 def _sizes(place: Path, names: list[str], classes: range) -> dict[int, list[tuple[str, int]]]:
-    """The images of these classes, and their sizes."""
+    """The images of these classes, and their sizes: 0 where a link leads nowhere, and copying will say so."""
+
+    def size_of(image: Path) -> int:
+        return image.stat().st_size if image.exists() else 0
+
     with _told(place, "read"):
         folders = {c: place / names[c] for c in classes}
-        return {c: [(n, (folder / n).stat().st_size) for n in images_of(folder)] for c, folder in folders.items()}
+        return {c: [(n, size_of(folder / n)) for n in images_of(folder)] for c, folder in folders.items()}
 
 
 def _begin(part: Path, classes: list[str], listings: dict[str, Listing]) -> tuple[dict[str, tuple[int, int]], bool]:

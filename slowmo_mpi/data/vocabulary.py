@@ -20,6 +20,9 @@ PAD, UNKNOWN, BEGIN, END = 0, 1, 2, 3
 LEARNED_FROM = 8_000_000
 """Lines that a vocabulary is learned from at most; of more, every second, third, ... is taken."""
 
+LONGEST = 2**30
+"""Bytes of a line; sentencepiece would pass over those of more than 4192 without a word."""
+
 
 class Vocabulary:
     """What turns text into tokens and back.
@@ -88,7 +91,7 @@ def learn(files: Sequence[Path], size: int, out: Path) -> int:
         _sentencepiece().SentencePieceTrainer.train(
             sentence_iterator=chosen(), model_writer=model, model_type="bpe", vocab_size=size,
             character_coverage=0.9999, normalization_rule_name="identity",
-            pad_id=PAD, unk_id=UNKNOWN, bos_id=BEGIN, eos_id=END, minloglevel=2,
+            pad_id=PAD, unk_id=UNKNOWN, bos_id=BEGIN, eos_id=END, max_sentence_length=LONGEST, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         if faults:

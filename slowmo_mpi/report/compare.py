@@ -13,7 +13,7 @@ from ..errors import UsageError, did_you_mean
 from .runs import DEFAULTS, MOVES, NOT_METRICS, Run
 
 HIGHER = ("acc", "top", "bleu", "f1", "auc", "score", "precision", "recall", "reward")
-"""A metric with one of these in its name is better when it is higher; any other when it is lower."""
+"""A metric with one of these in its name is better when it is higher; any other when it is lower, and an error too."""
 WORKERS = ("_min", "_mean", "_max")
 """Endings of what a metric came to over the workers; the plain name is the averaged model's."""
 COLUMNS = 5  # the most settings that name a row; runs that differ in more go by their folder's name
@@ -29,7 +29,8 @@ class Metric:
 
     @property
     def higher(self) -> bool:
-        return any(word in self.name.lower() for word in HIGHER)
+        name = self.name.lower()
+        return "err" not in name and any(word in name for word in HIGHER)
 
     @property
     def title(self) -> str:
@@ -103,7 +104,10 @@ class Row:
         return Number(statistics.fmean(known), deviation, len(known))
 
     def last(self, metric: Metric) -> Number | None:
-        return self.number(lambda run: values[-1] if (values := _values(run, metric)) else None)
+        """What the last record says: nothing where that is no number, as of a run that diverged."""
+        return self.number(
+            lambda run: next((r[metric.name] for r in reversed(run.of(metric.kind)) if metric.name in r), None)
+        )
 
     def best(self, metric: Metric) -> Number | None:
         return self.number(lambda run: metric.best(values) if (values := _values(run, metric)) else None)
@@ -249,7 +253,8 @@ def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
     Finished runs of one setting are a row if their seeds differ; a run that has not finished is a row of its own.
     """
     everything = dict.fromkeys(k for run in runs for k in run.settings)
-    moving = [k for k in everything if (k in MOVES or k not in DEFAULTS) and k != "run.seed"]
+    # task.data may be the same data in another place; nobody here can tell.
+    moving = [k for k in everything if (k in MOVES or k not in DEFAULTS or k == "task.data") and k != "run.seed"]
     keys = [k for k in moving if len({repr(run.settings.get(k)) for run in runs}) > 1]
     groups: dict[str, list[Run]] = {}
     for run in runs:

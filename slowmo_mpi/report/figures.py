@@ -276,7 +276,7 @@ def _bars(axes: Axes, sums: list[tuple[Row, float]], pens: dict[str, Pen]) -> No
 
 def _names(axes: Axes, rows: list[Row]) -> None:
     """The rows' names beside bars, the first on top."""
-    axes.set_yticks(range(len(rows)), [_wrapped(row.label) for row in rows])
+    axes.set_yticks(range(len(rows)), [_plain(_wrapped(row.label)) for row in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -292,13 +292,18 @@ def _wrapped(label: str) -> str:
     return "\n".join(part if len(part) <= 30 else part[:29] + "…" for part in (label[:middle], label[middle + 1 :]))
 
 
+def _plain(label: str) -> str:
+    """A $ in a name begins no formula."""
+    return label.replace("$", r"\$")
+
+
 def _legend(comparison: Comparison) -> tuple[list[Any], list[str]]:
     from matplotlib.lines import Line2D
 
     drawn = pens(comparison)
     rows = named(comparison)
     handles = [Line2D([], [], color=drawn[r.label].colour, linestyle=drawn[r.label].dash, linewidth=2) for r in rows]
-    labels = [_several(row) for row in rows]
+    labels = [_plain(_several(row)) for row in rows]
     if len(rows) < len(comparison.rows):
         handles.append(Line2D([], [], color=GREY, linewidth=1))
         labels.append(f"{len(comparison.rows) - len(rows)} others")

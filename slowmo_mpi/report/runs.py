@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import socket
+import sys
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -167,7 +167,7 @@ def find(places: Iterable[str | Path]) -> list[Run]:
     """
     folders: dict[Path, Path] = {}
     for place in map(Path, places):
-        if not place.exists():
+        if not os.path.exists(place):  # of a name that is too long too
             near = [p.name for p in place.parent.glob("*") if p.is_dir()]
             raise UsageError(f"There is no run {place}.{did_you_mean(place.name, near)}", HINT)
         here = place.parent if place.is_file() and place.name in FILES else place
@@ -265,7 +265,7 @@ def _records(path: Path) -> tuple[list[Record], list[int]]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _is_alive(manifest: dict[str, Any]) -> bool | None:

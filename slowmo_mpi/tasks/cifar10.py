@@ -82,15 +82,15 @@ def read(place: str, seed: int) -> tuple[Cifar, Cifar]:
     """
     folder = _folder(place)
     _check_names(folder)
-    batches = [_read(folder / name) for name in TRAIN]
-    for name, (labels, _) in zip(TRAIN, batches, strict=True):
+    *batches, test = (_read(folder / name) for name in (*TRAIN, TEST))
+    for name, (labels, _) in zip((*TRAIN, TEST), [*batches, test], strict=True):
         if len(labels) != len(batches[0][0]):
             raise SlowmoError(
                 f"{folder / name} holds {len(labels)} images, and {TRAIN[0]} {len(batches[0][0])}: one is cut short.",
                 _hint(folder),
             )
     labels, pixels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    test_labels, test_pixels = _read(folder / TEST)
+    test_labels, test_pixels = test
     return Cifar(pixels, labels, seed, augment=True), Cifar(test_pixels, test_labels, seed, augment=False)
 
 
