@@ -116,7 +116,7 @@ RECIPES = {
             ("Local Adam + SlowMo", "27.14", "base.algorithm=local slowmo.tau=12"),
             ("Local Adam", "26.62", LOCAL_AVERAGED + "maintain"),
             ("AR-Adam", "27.17", ALLREDUCE),
-            ("SGP + SlowMo, noaverage", "NLL 2.11", "slowmo.average=none"),
+            ("SGP + SlowMo, noaverage, NLL", "2.11 bits", "slowmo.average=none slowmo.beta=0.6"),
         ),
     ),
 }
