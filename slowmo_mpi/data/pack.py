@@ -13,6 +13,7 @@ so any h5py will do. What has a checksum has been copied: killed at any time, th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import time
@@ -146,7 +147,12 @@ def _sizes(place: Path, names: list[str], classes: range) -> dict[int, list[tupl
     """The images of these classes, and their sizes: 0 where a link leads nowhere, and copying will say so."""
 
     def size_of(image: Path) -> int:
-        return image.stat().st_size if image.exists() else 0
+        try:
+            return image.stat().st_size
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return 0
+            raise
 
     with _told(place, "read"):
         folders = {c: place / names[c] for c in classes}
